@@ -1,0 +1,1 @@
+"""The embedded default: a synthetic noisy web on loopback and the whole job over it."""

@@ -1,0 +1,1 @@
+"""What flows: samples, shards, corpora."""
