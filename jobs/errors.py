@@ -1,0 +1,9 @@
+"""Errors that a person caused and a person can mend; the command line prints them without a trace."""
+
+
+class UserError(Exception):
+    """Says what is wrong and what to do; ends the command with exit code 2."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used: says which file, key, value and reason, one problem a line."""
