@@ -1,4 +1,4 @@
-"""Errors that a person caused and a person can mend; the command line prints them without a trace."""
+"""Errors a person caused and can mend; the command line prints them without a trace."""
 
 
 class UserError(Exception):
