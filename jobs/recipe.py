@@ -1,0 +1,207 @@
+"""Typed recipes: YAML plus `--set a.b=c` become one frozen model, or an error to act on."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from jobs.errors import RecipeError
+from jobs.yaml_lines import LocatedYaml, parse_yaml
+from pipeline.download import DownloadConfig
+from pipeline.fetch import FetchConfig
+from pipeline.sources import SourceConfig
+
+MAX_RECIPE_BYTES = 1_000_000
+
+
+class Recipe(BaseModel):
+    """Everything that decides a run's output. Same recipe, seed and inputs: the same bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = Field(
+        description="Name of the run: lower-case letters, digits, dot, dash and underscore."
+    )
+    root: Annotated[str, Field(min_length=1)] = Field(
+        description="Where the corpus is written: a folder or an fsspec URL (s3://, gs://)."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=42, description="Seed of everything that is drawn at random."
+    )
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = Field(
+        description="The lists of images to read, each with a name of its own."
+    )
+    fetch: FetchConfig = Field(
+        default_factory=FetchConfig, description="Who may be called, how much and how long."
+    )
+    download: DownloadConfig = Field(
+        default_factory=DownloadConfig, description="What becomes of a downloaded image."
+    )
+
+    def flat(self) -> dict[str, Any]:
+        """Return every value under its dotted key, e.g. `download.image_size_px`."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply overrides of the form `a.b=c`, the last of equal keys winning.
+
+    Raises RecipeError with one line for each problem: file and line, key, value, reason, and the
+    nearest valid key when the key is unknown.
+    """
+    document = parse_yaml(_read(path), path)
+    for override in overrides:
+        _apply_override(document, override)
+    try:
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        problems = [_describe(problem, document) for problem in error.errors(include_url=False)]
+        raise RecipeError("\n".join(problems)) from None
+    _check_source_names(recipe, path)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the fully resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema that editors use to complete and check recipes."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "capfilt recipe"
+    return schema
+
+
+def _read(path: str) -> str:
+    try:
+        with Path(path).open("rb") as stream:
+            content = stream.read(MAX_RECIPE_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES:,} bytes; is this a recipe?")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}; is this a recipe?") from error
+
+
+def _check_source_names(recipe: Recipe, path: str) -> None:
+    names = [source.name for source in recipe.sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(f"{path}: sources: the name {twice[0]!r} is used twice; rename one")
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 (JSON)
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, Mapping) and value:
+        items = value.items()
+    elif isinstance(value, list) and value:
+        items = enumerate(value)
+    else:
+        yield key, value
+        return
+    for part, inner in items:
+        yield from _flatten(inner, f"{key}.{part}" if key else str(part))
+
+
+# --- overrides --------------------------------------------------------------------------------
+
+
+def _apply_override(document: LocatedYaml, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(
+            f"--set {override}: not of the form key=value, e.g. --set download.min_side_px=256"
+        )
+    value = parse_yaml(text, f"--set {key}", mapping=False).data
+    holder: Any = document.data
+    for position, part in enumerate(parts[:-1]):
+        holder = _step(holder, part, override, ".".join(parts[:position]))
+    if isinstance(holder, list):
+        holder[_index(holder, parts[-1], override)] = value
+    elif isinstance(holder, dict):
+        holder[parts[-1]] = value
+    else:
+        raise RecipeError(f"--set {override}: {'.'.join(parts[:-1])} is a value, not a section")
+    document.lines[tuple(parts)] = f"--set {key}"
+
+
+def _step(holder: Any, part: str, override: str, so_far: str) -> Any:  # noqa: ANN401 (YAML)
+    if isinstance(holder, list):
+        return holder[_index(holder, part, override)]
+    if not isinstance(holder, dict):
+        raise RecipeError(f"--set {override}: {so_far} is a value, not a section")
+    if holder.get(part) is None:
+        holder[part] = {}
+    return holder[part]
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    """Find a list item by its position or by its `name`, so that `sources.cc3m.paths` works."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names if name) or f"0 to {len(items) - 1}"
+    raise RecipeError(f"--set {override}: no item {part!r} in the list; there is: {known}")
+
+
+# --- what is wrong, where, and what was probably meant ------------------------------------------
+
+
+def _describe(problem: ErrorDetails, document: LocatedYaml) -> str:
+    location = tuple(str(part) for part in problem["loc"])
+    key = ".".join(location)
+    where = document.where(location)
+    if problem["type"] == "extra_forbidden":
+        hint = _nearest_key(location)
+        return f"{where}: {key} = {_short(problem['input'])}: unknown key{hint}"
+    if problem["type"] == "missing":
+        return f"{where}: {key}: missing; it has no default"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {key or 'the recipe'} = {_short(problem['input'])}: {reason}"
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 (YAML)
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest_key(location: tuple[str, ...]) -> str:
+    siblings = [path for path in _valid_keys(Recipe) if path[:-1] == _unindexed(location)[:-1]]
+    near = difflib.get_close_matches(location[-1], [path[-1] for path in siblings], n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    elsewhere = {path[-1]: ".".join(path) for path in _valid_keys(Recipe)}
+    near = difflib.get_close_matches(location[-1], list(elsewhere), n=1, cutoff=0.7)
+    if near:
+        return f"; did you mean {elsewhere[near[0]]!r}?"
+    return "; valid here: " + ", ".join(sorted(path[-1] for path in siblings))
+
+
+def _unindexed(location: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part for part in location if not part.isdecimal())
+
+
+def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        yield (*prefix, name)
+        for inner in _models_in(field.annotation):
+            yield from _valid_keys(inner, (*prefix, name))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:  # noqa: ANN401 (a type form)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
