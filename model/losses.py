@@ -2,7 +2,7 @@
 
 Dims: B pairs of this rank, N pairs of all ranks (rank-major), Q query tokens, T text tokens,
 E joint width, V vocabulary. Similarities, losses and sampling weights are float32 whatever the
-features are: in half precision a similarity over a small temperature overflows the softmax.
+features are (float64 stays): in half precision a similarity over a small temperature overflows.
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,11 @@ class Negatives:
     text_for_image: Tensor
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return half-precision values as float32, wider ones as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def token_losses(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Return the cross entropy of each target, float32, in the shape of `targets`.
 
@@ -33,7 +38,7 @@ def token_losses(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> 
     With smoothing e a token costs -(1-e) log p_target - e mean_v log p_v.
     """
     flat = F.cross_entropy(
-        logits.flatten(0, -2).float(),
+        at_least_float32(logits.flatten(0, -2)),
         targets.flatten(),
         ignore_index=IGNORED,
         label_smoothing=smoothing,
@@ -65,7 +70,7 @@ def query_similarity(image_feats: Tensor, text_feats: Tensor) -> Tensor:
     `image_feats` is (I, Q, E) and `text_feats` (N, E), both normalised; returns (I, N) float32.
     """
     with torch.autocast(image_feats.device.type, enabled=False):
-        per_query = image_feats.float() @ text_feats.float().t()  # (I, Q, N)
+        per_query = at_least_float32(image_feats) @ at_least_float32(text_feats).t()  # (I, Q, N)
     best: Tensor = per_query.max(dim=1).values
     return best
 
@@ -89,8 +94,9 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, *, smoothing: float =
     `similarity` is (B, N), over the temperature; `positive` (B, N) bool shares the target of a row
     among its positives. With one positive a row this is plain label smoothing.
     """
-    shares = positive.float() / positive.sum(dim=1, keepdim=True)
-    return F.cross_entropy(similarity.float(), shares, label_smoothing=smoothing)
+    similarity = at_least_float32(similarity)
+    shares = positive.to(similarity.dtype) / positive.sum(dim=1, keepdim=True)
+    return F.cross_entropy(similarity, shares, label_smoothing=smoothing)
 
 
 def negative_weights(similarity: Tensor, forbidden: Tensor) -> Tensor:
@@ -134,5 +140,5 @@ def matching_loss(logits: Tensor, is_match: Tensor, counts: Tensor) -> Tensor:
     `logits` is (M, 2), class 1 = match; `is_match` (M,) bool; `counts` (M,) bool is False for a
     pair that has to be left out, such as the negative of a batch of one. A float32 scalar.
     """
-    each = F.cross_entropy(logits.float(), is_match.long(), reduction="none")  # (M,)
+    each = F.cross_entropy(at_least_float32(logits), is_match.long(), reduction="none")  # (M,)
     return (each * counts).sum() / counts.sum().clamp_min(1)
