@@ -1,6 +1,6 @@
 import pytest
 import torch
-from stage1_golden import A, HIDDEN, LOGITS, noise, npz, reference_model
+from stage1_golden import HIDDEN, LOGITS, A, noise, npz, reference_model
 from torch.testing import assert_close
 
 from model.masks import Objective
