@@ -203,6 +203,7 @@ class FrozenImageEncoder(ImageEncoder):
         self.requires_grad_(False)
         self.train(False)
 
+    @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (B, P, C) embeddings in the dtype of `pixels`, without a gradient.
 
@@ -210,8 +211,9 @@ class FrozenImageEncoder(ImageEncoder):
         Raises ValueError for another resolution: see `change_resolution`.
         """
         autocast = self.dtype == torch.float32 and torch.is_autocast_enabled(pixels.device.type)
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=autocast):
-            return super().forward(pixels).to(pixels.dtype)
+        with torch.autocast(pixels.device.type, enabled=autocast):
+            features = super().forward(pixels)
+        return features.to(pixels.dtype)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode; `mode` is what the surrounding model asks for."""
