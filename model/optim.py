@@ -46,7 +46,7 @@ class LayerDecay:
     num_blocks: int
     rate: float
     block: str = r"(?:^|\.)(?:blocks|layers|resblocks)\.(\d+)\."  # finds the block's number
-    stem: str = r"cls_|class_|pos_embed|position|patch|conv1|ln_pre|pre_layrnorm|pre_norm"
+    stem: str = r"cls_|class_|pos_embed|position|patch|conv1|ln_pre|pre_layrnorm|norm_before"
 
     def scale(self, name: str) -> float:
         """Return what the rate of the parameter of this name is multiplied by."""

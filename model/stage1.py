@@ -141,8 +141,8 @@ class Stage1(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return the image encoder's states after `ln_vision`, (B, P, I).
 
-        Normalised in float32, then cast to what the Q-Former computes in: the encoder's dtype
-        under autocast, else the Q-Former's own.
+        Normalised in float32, then cast once to what the Q-Former's projections compute in:
+        autocast's dtype where it is on, else the parameters'.
         """
         states = self.image_encoder(pixels)
         norm, wide = self.ln_vision, losses.at_least_float32
@@ -150,8 +150,9 @@ class Stage1(nn.Module):
             normalised = F.layer_norm(
                 wide(states), norm.normalized_shape, wide(norm.weight), wide(norm.bias), norm.eps
             )
-        is_mixed = torch.is_autocast_enabled(states.device.type)
-        return normalised.to(states.dtype if is_mixed else norm.weight.dtype)
+        device = states.device.type
+        is_mixed = torch.is_autocast_enabled(device)
+        return normalised.to(torch.get_autocast_dtype(device) if is_mixed else norm.weight.dtype)
 
     def image_features(self, pixels: Tensor) -> ImageFeatures:
         """Return what the queries alone make of images: states and retrieval features."""
