@@ -141,8 +141,8 @@ class ImageEncoder(nn.Module):
         patches = self.patches(pixels.to(self.patches.weight.dtype))  # (B, C, G, G)
         patches = patches.flatten(2).transpose(1, 2)  # (B, G*G, C)
         dtype = patches.dtype
-        if self.config.is_residual_fp32:
-            dtype = torch.promote_types(dtype, torch.float32)
+        if self.config.is_residual_fp32:  # fp32 unless the whole model was cast to less
+            dtype = torch.promote_types(dtype, self.cls_token.dtype)
         cls_token = self.cls_token.expand(len(patches), -1, -1)
         hidden = torch.cat((cls_token.to(dtype), patches.to(dtype)), dim=1)  # (B, P, C)
         return hidden + self.positions.to(dtype)

@@ -96,8 +96,7 @@ PRETRAINING_BLIP = MedFormat(
         DECODER,
         DECODER_TIES,
     ),
-    # The momentum encoder reads texts alone, so ours has no cross-attention.
-    unused=(*_CONSTANTS, r"text_encoder_m\..*\.crossattention\..*"),
+    unused=_CONSTANTS,
     not_held=(r"queue\.image_ids",),  # pretraining tells pairs apart by their place in the batch
 )
 CAPTIONER_BLIP = MedFormat(tables=(IMAGE_ENCODER + DECODER, DECODER_TIES), unused=_CONSTANTS)
@@ -108,7 +107,7 @@ FILTER_BLIP = MedFormat(
 )
 FILTER_TRAINING_BLIP = MedFormat(
     tables=(IMAGE_ENCODER + HEADS + ENCODER + MOMENTUM + QUEUE_OF_RETRIEVAL,),
-    unused=(*_CONSTANTS, r"text_encoder_m\..*\.crossattention\..*"),
+    unused=_CONSTANTS,
 )
 
 # BlipForConditionalGeneration and BlipForImageTextRetrieval.
