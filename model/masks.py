@@ -48,5 +48,6 @@ def columns_mask(num_queries: int, text_is_real: Tensor) -> Tensor:
 
 def caption_mask(num_queries: int, text_is_real: Tensor) -> Tensor:
     """Return (B, 1, T, Q+T) bool: the text rows of the ITG mask, for text behind cached queries."""
-    mask = self_attention_mask(Objective.ITG, num_queries, text_is_real)
-    return mask[:, None, num_queries:, :]
+    num_text = text_is_real.shape[1]
+    every = text_is_real.new_ones(num_text, num_queries + num_text)
+    return every.tril(diagonal=num_queries) & columns_mask(num_queries, text_is_real)
