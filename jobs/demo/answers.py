@@ -39,9 +39,10 @@ class ServerConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One URL of the web: what it does, and which file it serves as what."""
+    """One URL of the web: what it does, and which bytes of the web's files it serves as what."""
 
-    file: str  # relative to the web's folder
+    offset: int
+    num_bytes: int
     content_type: str
     behaviour: Behaviour = Behaviour.OK
 
@@ -85,7 +86,7 @@ def find_page(path: str, pages: Mapping[str, Page]) -> tuple[str, Page] | None:
 def answer(
     request: Request, own_path: str, page: Page, data: bytes, config: ServerConfig
 ) -> Answer:
-    """Return what the server says for a page whose file holds `data`."""
+    """Return what the server says for a page whose bytes are `data`."""
     behaviour = page.behaviour
     if behaviour in _REFUSALS:
         return error(_REFUSALS[behaviour])

@@ -3,13 +3,15 @@
 Dims: H, W of the picture; h, w of the patch that an object covers. Colours are RGB.
 """
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from jobs.demo.scenes import Scene, SceneObject
 
-_COLOUR_RGB = {
+COLOUR_RGB = {
     "red": (222, 45, 48),
     "orange": (250, 140, 28),
     "yellow": (250, 208, 42),
@@ -48,9 +50,9 @@ def draw_scene(scene: Scene, *, width: int, height: int) -> Image:
 
 def _background(name: str, width: int, height: int) -> Image:
     top, bottom = (np.array(rgb, np.float32) for rgb in _BACKGROUND_RGB[name])
-    down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]  # (H, 1, 1)
+    down = np.arange(height, dtype=np.float32)[:, None, None] / np.float32(height)  # (H, 1, 1)
     column = np.round(top + (bottom - top) * down).astype(np.uint8)  # (H, 1, 3)
-    return np.repeat(column, width, axis=1)  # (H, W, 3)
+    return np.broadcast_to(column, (height, width, 3)).copy()  # (H, W, 3)
 
 
 def _paste(canvas: Image, each: SceneObject) -> None:
@@ -67,23 +69,27 @@ def _paste(canvas: Image, each: SceneObject) -> None:
     inside = _filled(outline, patch.shape[:2])
     sticker = _filled(outline, patch.shape[:2], rim=rim)
     patch = _blended(patch, np.zeros_like(patch), _shadow(sticker, drop))
-    patch = _blended(patch, np.full_like(patch, 252), sticker)
+    patch = _blended(patch, np.full_like(patch, 252), _weights(sticker))
     paint = _paint(each, patch.shape[:2], centre - (left, top), radius)
-    canvas[top:bottom, left:right] = _blended(patch, paint, inside)
+    canvas[top:bottom, left:right] = _blended(patch, paint, _weights(inside))
 
 
-def _shadow(sticker: _Mask, drop: float) -> _Mask:
-    soft = cv2.GaussianBlur(sticker * np.float32(_SHADOW_STRENGTH), (0, 0), drop)
+def _shadow(sticker: Image, drop: float) -> _Mask:
+    soft = cv2.stackBlur(sticker, (4 * round(drop) + 1, 4 * round(drop) + 1))
     shift = np.array([[1, 0, 0.5 * drop], [0, 1, drop]], np.float32)
-    return np.asarray(cv2.warpAffine(soft, shift, soft.shape[::-1]), np.float32)
+    return _weights(cv2.warpAffine(soft, shift, soft.shape[::-1])) * np.float32(_SHADOW_STRENGTH)
+
+
+def _weights(coverage: NDArray[Any]) -> _Mask:
+    return coverage.astype(np.float32) / np.float32(255)
 
 
 def _blended(under: Image, over: Image, mask: _Mask) -> Image:
     return np.asarray(cv2.blendLinear(over, under, mask, 1 - mask), np.uint8)
 
 
-def _filled(outline: NDArray[np.float64], shape: tuple[int, ...], rim: float = 0.0) -> _Mask:
-    """Return the anti-aliased coverage (h, w) in 0..1 of a polygon, widened by `rim` pixels."""
+def _filled(outline: NDArray[np.float64], shape: tuple[int, ...], rim: float = 0.0) -> Image:
+    """Return the anti-aliased coverage (h, w) in 0..255 of a polygon, widened by `rim` pixels."""
     mask = np.zeros(shape[:2], np.uint8)
     # OpenCV's pixel (0, 0) has its centre at the origin, ours at (0.5, 0.5).
     corners = np.round((outline - 0.5) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
@@ -91,7 +97,7 @@ def _filled(outline: NDArray[np.float64], shape: tuple[int, ...], rim: float = 0
     if rim:
         thickness = max(2, round(2 * rim))  # the line is centred on the outline
         cv2.polylines(mask, [corners], True, 255, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
-    return mask.astype(np.float32) / np.float32(255)
+    return mask
 
 
 def _paint(
@@ -101,9 +107,9 @@ def _paint(
     u = (np.arange(shape[1], dtype=np.float32) + 0.5 - np.float32(centre[0])) / np.float32(radius)
     v = (np.arange(shape[0], dtype=np.float32) + 0.5 - np.float32(centre[1])) / np.float32(radius)
     lit = np.float32(1.03) - np.float32(0.10) * np.clip(v, -1, 1)
-    base = np.array(_COLOUR_RGB[each.colour], np.float32)
+    base = np.array(COLOUR_RGB[each.colour], np.float32)
     column = np.clip(base * lit[:, None, None] + 0.5, 0, 255).astype(np.uint8)  # (h, 1, 3)
-    paint = np.repeat(column, shape[1], axis=1)  # (h, w, 3)
+    paint = np.broadcast_to(column, (*shape[:2], 3)).copy()  # (h, w, 3)
     if each.texture == "solid":
         return paint
     white = _pattern(each.texture, u[None, :], v[:, None], np.float32(1 / radius))

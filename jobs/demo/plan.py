@@ -21,7 +21,7 @@ _SCENES_PER_SPLIT = 1_000_000
 NUM_SPLIT_SCENES = 3 * _SCENES_PER_SPLIT
 _LONGEST_SIDE = 512
 # Shares, and least and greatest shorter side in pixels.
-_SIDES = ((0.70, 64, 128), (0.25, 128, 256), (0.05, 256, 384))
+_SIDES = ((0.78, 64, 112), (0.18, 112, 224), (0.04, 224, 384))
 _ASPECTS = (1.0, 1.0, 1.0, 1.0, 1.25, 4 / 3, 4 / 3, 1.5, 16 / 9)
 
 
@@ -88,11 +88,6 @@ class PlannedImage:
     size_class: SizeClass
     width: int  # pixels, as shown
     height: int
-
-    @property
-    def file(self) -> str:
-        """Where its bytes lie, relative to the web's folder."""
-        return f"files/{self.split}/{self.row:06d}{self.file_kind.suffix}"
 
     @property
     def delivery(self) -> Delivery:

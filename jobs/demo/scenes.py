@@ -1,7 +1,7 @@
 """Samples scenes: which objects stand where on which background, as a function of a seed."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 from math import hypot
 
@@ -53,6 +53,9 @@ class SceneObject:
     tilt_degrees: float
 
 
+_OBJECT_FIELDS = tuple(each.name for each in fields(SceneObject))
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
     """A square world: objects of which no two share both colour and shape, on a background."""
@@ -67,13 +70,15 @@ class Scene:
 
     def to_json(self) -> str:
         """Return one line of JSON that `scene_from_json` reads back to an equal scene."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        objects = [{name: getattr(each, name) for name in _OBJECT_FIELDS} for each in self.objects]
+        content = {"objects": objects, "background": self.background}
+        return json.dumps(content, separators=(",", ":"))
 
 
 def scene_from_json(text: str) -> Scene:
     """Return the scene that `Scene.to_json` wrote."""
-    fields = json.loads(text)
-    return Scene(tuple(SceneObject(**each) for each in fields["objects"]), fields["background"])
+    content = json.loads(text)
+    return Scene(tuple(SceneObject(**each) for each in content["objects"]), content["background"])
 
 
 def sample_scene(seed: int, index: int, config: SceneConfig | None = None) -> Scene:

@@ -10,6 +10,7 @@ matter: a web that is listed under another base URL is the same web.
 
 import argparse
 import asyncio
+import os
 import signal
 import socket
 import struct
@@ -21,6 +22,7 @@ from concurrent.futures import Future
 from http import HTTPStatus
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from jobs.demo.answers import (
@@ -34,7 +36,7 @@ from jobs.demo.answers import (
     find_page,
     plain_text,
 )
-from jobs.demo.site import read_site
+from jobs.demo.site import files_of, read_site
 
 HOST = "127.0.0.1"
 _IDLE_SECONDS = 60.0  # a kept-alive connection without a request is closed
@@ -58,6 +60,7 @@ class WebServer:
         self._port: int | None = None
         self._loop: asyncio.AbstractEventLoop
         self._stopping: asyncio.Event
+        self._files: BinaryIO
 
     @property
     def port(self) -> int:
@@ -80,6 +83,7 @@ class WebServer:
         listener = socket.create_server((HOST, self._wanted_port), backlog=_BACKLOG)
         started: Future[asyncio.AbstractEventLoop] = Future()
         self._port = listener.getsockname()[1]
+        self._files = files_of(self._root).open("rb")
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._serve(listener, started)), name="demo-web", daemon=True
         )
@@ -93,6 +97,7 @@ class WebServer:
             return
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
+        self._files.close()
         self._thread = self._port = None
 
     def __enter__(self) -> "WebServer":
@@ -138,7 +143,7 @@ class WebServer:
         first, *lines = head.split("\r\n")
         method, target, version = (*first.split(" "), "", "", "")[:3]
         fields = {name.strip().lower(): value.strip() for name, _, value in _split(lines)}
-        reply = self._reply(method, urlsplit(target).path, fields.get("host", HOST))
+        reply = self._reply(method, _path(target), fields.get("host", HOST))
         if reply.ending is Ending.SILENCE:
             await asyncio.sleep(self._config.silence_seconds)
         if reply.ending in (Ending.SILENCE, Ending.RESET):
@@ -159,7 +164,7 @@ class WebServer:
         if found is None:
             return error(HTTPStatus.NOT_FOUND)
         own_path, page = found
-        data = (self._root / page.file).read_bytes()
+        data = os.pread(self._files.fileno(), page.num_bytes, page.offset)
         return answer(Request(path, host, self._counts[path]), own_path, page, data, self._config)
 
 
@@ -204,6 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _split(lines: Sequence[str]) -> list[tuple[str, str, str]]:
     return [line.partition(":") for line in lines if line]
+
+
+def _path(target: str) -> str:
+    """Return the path of `/path` or `http://host/path`; of anything else, one that no page has."""
+    try:
+        return urlsplit(target).path
+    except ValueError:
+        return ""
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

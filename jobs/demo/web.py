@@ -6,10 +6,9 @@
 
 The folder holds everything and is built once:
 
-    files/SPLIT/000042.jpg      the bytes behind each URL
     laion.parquet cc3m.tsv      the noisy lists, as published
     human.json test.json        COCO captions: by people (to fine-tune on), and held out
-    site.json                   what the server does for each path
+    files.bin site.json         the bytes behind each URL, and what the server does with them
     truth.parquet               scene, noise and behaviour of each image, for measurement only
     web.json                    config and port, written last: the web exists once this file does
 
@@ -23,16 +22,19 @@ wanted (a second server, a proxy), `write_lists` writes the same lists for it.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+
 from jobs.demo import lists
-from jobs.demo.answers import Page, ServerConfig
+from jobs.demo.answers import ServerConfig
+from jobs.demo.behaviours import Behaviour
 from jobs.demo.drawing import draw_scene
 from jobs.demo.encodings import encode
 from jobs.demo.lists import UrlLists
-from jobs.demo.plan import PlannedImage, Split, Stream, WebConfig, plan_web, scene_index, stream
+from jobs.demo.plan import PlannedImage, Stream, WebConfig, plan_web, scene_index, stream
 from jobs.demo.server import HOST, WebServer, free_port
 from jobs.demo.site import write_site
 from jobs.demo.truth import read_truth, write_truth
@@ -97,13 +99,7 @@ def build_web(
     folder.mkdir(parents=True, exist_ok=True)
     web = SyntheticWeb(folder, config, free_port(config.port))
     planned = plan_web(config)
-    for split in Split:
-        (folder / "files" / split).mkdir(parents=True, exist_ok=True)
-    for number, each in enumerate(planned, start=1):
-        (folder / each.file).write_bytes(render(each, config))
-        if on_progress:
-            on_progress(number, len(planned))
-    write_site(folder, {each.path: _page(each) for each in planned})
+    write_site(folder, _pages(planned, config, on_progress))
     lists.write_lists(folder, planned, web.base_url)
     write_truth(web.truth_file, planned)
     marker = {"format": _FORMAT, "port": web.port, "config": config.model_dump(mode="json")}
@@ -118,8 +114,20 @@ def render(planned: PlannedImage, config: WebConfig) -> bytes:
     return encode(picture, planned.file_kind, stream(config, Stream.PICTURE, index))
 
 
-def _page(planned: PlannedImage) -> Page:
-    return Page(planned.file, planned.file_kind.content_type, planned.behaviour)
+def _pages(
+    planned: Sequence[PlannedImage],
+    config: WebConfig,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, bytes, str, Behaviour]]:
+    num_threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # pictures this small take longer when they are shared out
+    try:
+        for number, each in enumerate(planned, start=1):
+            yield each.path, render(each, config), each.file_kind.content_type, each.behaviour
+            if on_progress:
+                on_progress(number, len(planned))
+    finally:
+        cv2.setNumThreads(num_threads)
 
 
 def _existing(folder: Path, config: WebConfig) -> SyntheticWeb:
