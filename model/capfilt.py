@@ -8,6 +8,8 @@ Dims: B images, R = B * n texts (the n of an image side by side), T text tokens,
 C image width, E joint width, V vocabulary.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,6 +165,18 @@ class MedFilter(nn.Module):
         image = self.text.project_image(image_embeds, "encoder")
         logits = self.match_logits(image, token_ids, text_is_real, keeps_cls=keeps_cls)
         return at_least_float32(logits).softmax(dim=1)[:, 1]
+
+
+def load_part(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `model` has from a larger model's weights, under the same names.
+
+    So a captioner or a filter starts from a `MedPretraining`'s state dict. Raises ValueError that
+    lists what is missing there.
+    """
+    wanted = model.state_dict().keys()
+    if missing := sorted(wanted - state.keys()):
+        raise ValueError(f"the weights to start from lack {', '.join(missing)}")
+    model.load_state_dict({name: state[name] for name in wanted})
 
 
 def joint_features(states: Tensor, projection: nn.Linear) -> Tensor:

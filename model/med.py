@@ -8,34 +8,19 @@ Dims: B images, R rows of text (R = B * n, the n texts of an image side by side)
 P image tokens, D width, C width of the image tokens, h heads, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from model.bert import (
-    AttentionBlock,
-    BertConfig,
-    FeedForward,
-    KeysValues,
-    LanguageHead,
-    init_bert_weights,
-)
+from model.bert import BertConfig, KeysValues, LanguageHead, init_bert_weights
+from model.med_layers import MedLayer, Role, Sharing, TextEmbeddings, by_role, of_role
+from model.names.blip import bert_name
 
-Role = Literal["encoder", "decoder"]
 ImageKeysValues = tuple[KeysValues, ...]  # one for each layer; keys and values are (B, h, P, D/h)
-
-
-class Sharing(StrEnum):
-    """What encoder and decoder share (BLIP, Sec. 4.3, the ablation of parameter sharing)."""
-
-    ALL = "all"
-    ALL_BUT_CROSS_ATTENTION = "all but cross-attention"
-    ALL_BUT_SELF_ATTENTION = "all but self-attention"
-    NONE = "none"
 
 
 class Functionality(StrEnum):
@@ -130,15 +115,38 @@ class MedText(nn.Module):
             roles.append("encoder")
         if Functionality.IMAGE_GROUNDED_DECODER in functionalities:
             roles.append("decoder")
-        sees_images = bool(functionalities - {Functionality.UNIMODAL_ENCODER})
+        is_unimodal = functionalities == {Functionality.UNIMODAL_ENCODER}
+        image_width = None if is_unimodal else config.image_width
         shares_any = config.sharing is not Sharing.NONE
-        self.embeddings = _by_role(roles, shares_any, lambda: TextEmbeddings(config.bert))
+        self.embeddings = by_role(roles, shares_any, lambda: TextEmbeddings(config.bert))
         self.layers = nn.ModuleList(
-            MedLayer(config, roles, has_cross_attention=sees_images)
+            MedLayer(config.bert, config.sharing, roles, image_width)
             for _ in range(config.bert.num_layers)
         )
         self.head = LanguageHead(config.bert) if "decoder" in roles else None
         self.apply(lambda module: init_bert_weights(module, config.bert.init_std))
+
+    @torch.no_grad()
+    def load_bert(self, weights: Mapping[str, Tensor]) -> None:
+        """Start from a masked-language BERT in transformers' names (BLIP, Sec. 4.1).
+
+        Encoder and decoder start alike. Cross-attention and the vocabulary rows that BERT lacks,
+        [DEC] and [ENC], stay as initialised; token types and pooler are left. Raises ValueError
+        for a missing or misshapen tensor.
+        """
+        for ours, target in self.state_dict().items():
+            name = bert_name(ours)
+            if name is None:
+                continue
+            if name not in weights:
+                raise ValueError(f"BERT's weights have no {name}, from which {ours} starts")
+            source = weights[name]
+            rows = len(source) if "words" in ours or ours == "head.bias" else len(target)
+            if source.shape != target[:rows].shape:
+                raise ValueError(
+                    f"{name} is {tuple(source.shape)}, but {ours} is {tuple(target.shape)}"
+                )
+            target[:rows].copy_(source)
 
     def encode(
         self, token_ids: Tensor, text_is_real: Tensor, *, first_only: bool = False
@@ -225,8 +233,13 @@ class MedText(nn.Module):
     def begin(self, image: ImageKeysValues, *, num_captions: int, max_length: int) -> DecoderState:
         """Return the state before the first token, with room for `max_length` tokens a caption.
 
-        `image` comes from `project_image(..., "decoder")`; R is B * `num_captions`.
+        `image` comes from `project_image(..., "decoder")`; R is B * `num_captions`. Raises
+        ValueError for more tokens than the model has positions.
         """
+        if max_length > self.config.bert.max_positions:
+            raise ValueError(
+                f"max_length is {max_length}; the model has {self.config.bert.max_positions} positions"
+            )
         like = image[0].keys
         batch, heads, _, head_width = like.shape
         shape = (batch * num_captions, heads, max_length, head_width)
@@ -267,97 +280,13 @@ class MedText(nn.Module):
             hidden = layer(hidden, "decoder", past, mask, context)
         return self.predict(hidden[:, -1:])[:, 0]
 
-    def _layers(self) -> Iterator["MedLayer"]:
-        return cast(Iterator["MedLayer"], iter(self.layers))
+    def _layers(self) -> Iterator[MedLayer]:
+        return cast(Iterator[MedLayer], iter(self.layers))
 
-    def _embeddings(self, role: Role) -> "TextEmbeddings":
-        embeddings = _of_role(self.embeddings, role)
+    def _embeddings(self, role: Role) -> TextEmbeddings:
+        embeddings = of_role(self.embeddings, role)
         assert isinstance(embeddings, TextEmbeddings)
         return embeddings
-
-
-class MedLayer(nn.Module):
-    """Self-attention, cross-attention to the image, feed-forward, each with its residual."""
-
-    def __init__(
-        self, config: MedConfig, roles: list[Role], *, has_cross_attention: bool = True
-    ) -> None:
-        super().__init__()
-        bert, sharing = config.bert, config.sharing
-        shares_self = sharing in (Sharing.ALL, Sharing.ALL_BUT_CROSS_ATTENTION)
-        shares_cross = sharing in (Sharing.ALL, Sharing.ALL_BUT_SELF_ATTENTION)
-        shares_any = sharing is not Sharing.NONE
-        self.self_attention = _by_role(roles, shares_self, lambda: AttentionBlock(bert))
-        self.cross_attention = _by_role(
-            roles if has_cross_attention else [],
-            shares_cross,
-            lambda: AttentionBlock(bert, context_width=config.image_width),
-        )
-        self.ffn = _by_role(roles, shares_any, lambda: FeedForward(bert))
-
-    def forward(
-        self,
-        hidden: Tensor,
-        role: Role,
-        text: KeysValues,
-        mask: Tensor,
-        image: KeysValues | None,
-    ) -> Tensor:
-        """Return (R, S, D) for `hidden` (R, S, D) that attends to `text` and then to `image`.
-
-        `text` holds what `self_attention_of(role).project` made of the R texts; `mask` is bool,
-        True where a position may be seen, broadcastable to (R, h, S, T). Without `image`,
-        cross-attention is left out, its residual and norm too. `image` has B rows, R = B * n: the n
-        texts of an image become the queries of one attention over its P tokens, so its keys and
-        values are read once and never copied.
-        """
-        hidden = self.self_attention_of(role)(hidden, text, mask)
-        if image is not None:
-            rows, length, width = hidden.shape
-            grouped = hidden.reshape(len(image.keys), -1, width)  # (B, n*S, D)
-            grouped = self.cross_attention_of(role)(grouped, image)
-            hidden = grouped.view(rows, length, width)
-        fed: Tensor = _of_role(self.ffn, role)(hidden)
-        return fed
-
-    def self_attention_of(self, role: Role) -> AttentionBlock:
-        """Return the self-attention that `role` uses."""
-        attention = _of_role(self.self_attention, role)
-        assert isinstance(attention, AttentionBlock)
-        return attention
-
-    def cross_attention_of(self, role: Role) -> AttentionBlock:
-        """Return the cross-attention that `role` uses."""
-        attention = _of_role(self.cross_attention, role)
-        assert isinstance(attention, AttentionBlock)
-        return attention
-
-
-class TextEmbeddings(nn.Module):
-    """Word plus position, normalised; BERT's token types are dropped, as in BLIP."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
-        self.words = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Embedding(config.max_positions, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-
-    def forward(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return (R, T, D) for int64 `token_ids` (R, T) at `positions` (T,), from 0 if None.
-
-        Raises ValueError for a text that is longer than the position table.
-        """
-        if token_ids.shape[1] > self.positions.num_embeddings:
-            raise ValueError(
-                f"a text of {token_ids.shape[1]} tokens; the model has "
-                f"{self.positions.num_embeddings} positions, so truncate when tokenising"
-            )
-        if positions is None:
-            positions = torch.arange(token_ids.shape[1], device=token_ids.device)
-        embedded = self.norm(self.words(token_ids) + self.positions(positions))
-        dropped: Tensor = self.dropout(embedded)
-        return dropped
 
 
 def starting_with(token_id: int, token_ids: Tensor) -> Tensor:
@@ -365,19 +294,3 @@ def starting_with(token_id: int, token_ids: Tensor) -> Tensor:
     replaced = token_ids.clone()
     replaced[:, 0] = token_id
     return replaced
-
-
-def _by_role(roles: list[Role], is_shared: bool, make: Callable[[], nn.Module]) -> nn.ModuleDict:
-    """Make a module for each role, or one for both."""
-    if is_shared and roles:
-        return nn.ModuleDict({"both": make()})
-    return nn.ModuleDict({role: make() for role in roles})
-
-
-def _of_role(modules: nn.ModuleDict, role: Role) -> nn.Module:
-    """Return what `role` uses of what `_by_role` made; ValueError when it was not built."""
-    if "both" in modules:
-        return modules["both"]
-    if role not in modules:
-        raise ValueError(f"this MedText was built without the parts of the {role}")
-    return modules[role]

@@ -5,6 +5,7 @@ tables: a weight of ours is written once for every table that knows it, and two 
 that are one of ours have to be equal.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,13 @@ HEADS = (
     Rename("vision_proj.{}", "vision_proj.{}"),
     Rename("text_proj.{}", "text_proj.{}"),
     Rename("itm_head.{}", "itm_head.{}"),
+)
+# bert-base-uncased with its masked-language head, for a role that shares everything.
+_BERT_WITH_HEAD = (
+    *prefixed(_bert("both"), theirs="bert."),
+    Rename("head.bias", "cls.predictions.bias"),
+    Rename("head.dense.{}", "cls.predictions.transform.dense.{}"),
+    Rename("head.norm.{}", "cls.predictions.transform.LayerNorm.{}"),
 )
 IMAGE_ENCODER = prefixed(BLIP_VIT.table, ours="image_encoder.", theirs="visual_encoder.")
 IMAGE_ENCODER_TRANSFORMERS = prefixed(
@@ -119,6 +127,16 @@ FILTER_TRANSFORMERS = MedFormat(
     unused=_CONSTANTS,
     not_held=(r"momentum\..*", r"queue\..*", r"temperature"),  # of a model in training
 )
+
+
+def bert_name(ours: str) -> str | None:
+    """Return which tensor of BERT a weight of `MedText` starts from; None for cross-attention.
+
+    Encoder and decoder start from the same, whatever they share.
+    """
+    if ".cross_attention." in ours:
+        return None
+    return to_theirs(re.sub(r"\.(encoder|decoder)\.", ".both.", ours), _BERT_WITH_HEAD)
 
 
 def med_to_theirs(state: Mapping[str, Tensor], format: MedFormat) -> dict[str, Tensor]:

@@ -164,8 +164,12 @@ _TRANSFORMERS_BLIP = (  # of the Blip and Blip2 classes
     *_TRANSFORMERS_MLP,
 )
 
-# BLIP's tower, below "visual_encoder." in its repository and in LAVIS.
-BLIP_VIT = VisionFormat(table=(*_TIMM_STEM, *_TIMM_BLOCKS, Rename("norm_after.{}", "norm.{}")))
+# BLIP's tower, below "visual_encoder." in its repository and in LAVIS; also that of DeiT and timm,
+# with which BLIP starts, whose classifier is left out.
+BLIP_VIT = VisionFormat(
+    table=(*_TIMM_STEM, *_TIMM_BLOCKS, Rename("norm_after.{}", "norm.{}")),
+    unused=(r"head\..*",),
+)
 
 # The same in transformers' Blip classes, below "vision_model.".
 BLIP_VIT_TRANSFORMERS = VisionFormat(
