@@ -21,6 +21,7 @@ from pipeline.layout import (
     STAGES,
     check_shard,
     final_name,
+    is_source,
     is_temporary,
     parse_name,
 )
@@ -58,6 +59,12 @@ class Folder:
             if file is None or (parsed.digest and parsed.digest != file.sha256[:16]):
                 yield name
 
+    def strangers(self) -> Iterator[str]:
+        """Yield the files that are not named like any of ours."""
+        for name in self.sizes:
+            if parse_name(name) is None and not is_temporary(name):
+                yield name
+
     def unsettled(self) -> Iterator[ShardRecord]:
         """Yield the shards with a file that still has its staging name."""
         for record in self.records.values():
@@ -89,7 +96,7 @@ class Corpus:
         """Return the sources that a stage has a folder for, sorted."""
         if stage not in STAGES:
             raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
-        return sorted(name for name in self.store.list(stage).folders if not is_temporary(name))
+        return sorted(name for name in self.store.list(stage).folders if is_source(name))
 
     def shards(self, stage: str, source: str | None = None) -> list[ShardRecord]:
         """Return the shards that exist, by source and index, from one listing of each folder.

@@ -28,10 +28,15 @@ def check_shard(stage: str, source: str, index: int = 0) -> None:
     """Return if a shard may be called so. Raises ValueError."""
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
-    if not _SOURCE.fullmatch(source):
+    if not is_source(source):
         raise ValueError(f"source {source!r} is not of a-z, 0-9, _ and -, at most 64 of them")
     if index < 0:
         raise ValueError(f"shard {index} is negative")
+
+
+def is_source(name: str) -> bool:
+    """Say whether a source may be called so."""
+    return _SOURCE.fullmatch(name) is not None
 
 
 def check_suffix(suffix: str) -> None:
