@@ -238,7 +238,8 @@ class MedText(nn.Module):
         """
         if max_length > self.config.bert.max_positions:
             raise ValueError(
-                f"max_length is {max_length}; the model has {self.config.bert.max_positions} positions"
+                f"max_length is {max_length}; the model has "
+                f"{self.config.bert.max_positions} positions"
             )
         like = image[0].keys
         batch, heads, _, head_width = like.shape
