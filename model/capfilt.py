@@ -23,7 +23,7 @@ from model.med import (
     MedText,
     starting_with,
 )
-from model.vision import ImageEncoder, VisionConfig
+from model.vision import ImageEncoder, VisionConfig, resize_positions
 
 ENCODERS = frozenset({Functionality.UNIMODAL_ENCODER, Functionality.IMAGE_GROUNDED_ENCODER})
 
@@ -170,13 +170,19 @@ class MedFilter(nn.Module):
 def load_part(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load what `model` has from a larger model's weights, under the same names.
 
-    So a captioner or a filter starts from a `MedPretraining`'s state dict. Raises ValueError that
-    lists what is missing there.
+    So a captioner or a filter starts from a `MedPretraining`'s state dict, at its own resolution:
+    position embeddings are resized, as BLIP does to go from 224 to 384 pixels. Raises ValueError
+    that lists what is missing there.
     """
-    wanted = model.state_dict().keys()
-    if missing := sorted(wanted - state.keys()):
+    wanted = model.state_dict()
+    if missing := sorted(wanted.keys() - state.keys()):
         raise ValueError(f"the weights to start from lack {', '.join(missing)}")
-    model.load_state_dict({name: state[name] for name in wanted})
+    found = {name: state[name] for name in wanted}
+    for name in found:
+        if name.endswith("image_encoder.positions"):  # the momentum encoder has them too
+            side = round((wanted[name].shape[1] - 1) ** 0.5)
+            found[name] = resize_positions(found[name], side=side, align_corners=False)
+    model.load_state_dict(found)
 
 
 def joint_features(states: Tensor, projection: nn.Linear) -> Tensor:

@@ -17,7 +17,7 @@ from model.med import (
     starting_with,
 )
 from model.med_layers import Sharing
-from model.vision import BLIP_VIT_B, BLIP_VIT_L, TINY_VIT
+from model.vision import BLIP_VIT_B, BLIP_VIT_L, TINY_VIT, resize_positions
 
 ENC, DEC, CLS, SEP = 129, 128, 2, 3
 
@@ -123,7 +123,7 @@ def test_decoding_step_by_step_equals_the_references_greedy_captions(model, gold
         (Sharing.NONE, 360.9),
     ],
 )
-def test_sharing_variants_have_the_papers_parameter_counts(sharing, millions):
+def test_07_sharing_variants_have_the_papers_parameter_counts(sharing, millions):
     with torch.device("meta"):
         vision = MedCaptioner(BLIP_VIT_B, MedConfig()).image_encoder
         text = MedText(MedConfig(sharing=sharing))
@@ -131,7 +131,7 @@ def test_sharing_variants_have_the_papers_parameter_counts(sharing, millions):
     assert round(count / 1e6, 1) == millions
 
 
-def test_a_large_captioner_has_the_papers_parameter_count():
+def test_07_a_large_captioner_has_the_papers_parameter_count():
     with torch.device("meta"):
         captioner = MedCaptioner(BLIP_VIT_L, MedConfig(image_width=1024))
     assert round(sum(p.numel() for p in captioner.parameters()) / 1e6, 1) == 445.9
@@ -203,6 +203,17 @@ def test_captioner_and_filter_hold_their_part_of_a_pretrained_model(model):
     for part in (captioner, scorer):
         load_part(part, state)
         assert all(torch.equal(tensor, state[name]) for name, tensor in part.state_dict().items())
+
+
+def test_a_captioner_for_larger_images_starts_from_resized_positions(model):
+    larger = replace(TINY_VIT, image_size=48)
+    captioner = MedCaptioner(larger, NO_DROPOUT)
+    load_part(captioner, model.state_dict())
+    positions = model.image_encoder.positions
+    expected = resize_positions(positions, side=6, align_corners=False)
+    assert torch.equal(captioner.image_encoder.positions, expected)
+    state = captioner.begin(torch.zeros(1, 3, 48, 48), max_length=4)
+    assert state.image[0].keys.shape[2] == larger.num_tokens == 37
 
 
 def test_starting_from_weights_that_lack_a_part_tells_which(model):
@@ -431,6 +442,15 @@ def test_the_captioner_begins_with_as_many_captions_as_asked(golden, model):
     torch.testing.assert_close(logits[allowed], expected[allowed], **LOGITS)
 
 
+def test_08_the_captioning_loss_is_the_smoothed_cross_entropy_written_out(model, golden, image):
+    ids, is_real = golden["decoder_input_ids"], golden["is_real"]
+    log_p = model.text.decode(ids, is_real, image).log_softmax(dim=2)[:, :-1]
+    of_target = log_p.gather(2, ids[:, 1:, None])[..., 0]
+    each = -0.9 * of_target - 0.1 * log_p.mean(dim=2)
+    loss = caption_loss(model.text, image, ids, is_real)
+    assert loss.item() == pytest.approx(each[is_real[:, 1:]].mean().item(), rel=1e-5)
+
+
 # --- filter ------------------------------------------------------------------------------------
 
 
@@ -478,6 +498,19 @@ def test_scores_under_bfloat16_autocast_come_in_float32_near_the_full_ones(model
     for low, high in zip(half, full, strict=True):
         assert low.dtype == torch.float32
         torch.testing.assert_close(low, high, atol=0.05, rtol=0)
+
+
+def test_decoding_under_bfloat16_autocast_is_near_full_precision(model, image):
+    ids = torch.arange(4, 40).view(12, 3)
+    full = model.text.begin(image, num_captions=2, max_length=4)
+    expected, _ = model.text.step(ids, full)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image = model.text.project_image(npz("forward.npz")["image_embeds"], "decoder")
+        state = model.text.begin(image, num_captions=2, max_length=4)
+        logits, state = model.text.step(ids[:, :2], state)
+        logits, state = model.text.step(ids[:, 2:], state)
+    assert state.text[0].keys.dtype == torch.bfloat16
+    assert torch.cosine_similarity(logits.float(), expected).min() > 0.99
 
 
 def test_a_captioner_cast_to_bfloat16_decodes(model, golden):

@@ -304,7 +304,7 @@ def test_a_micro_batch_beyond_the_last_is_refused():
 
 
 @pytest.mark.parametrize("objectives", [OBJECTIVES, FINE_TUNING], ids=["pretraining", "filter"])
-def test_pairs_of_one_image_are_never_drawn_against_each_other(objectives):
+def test_10_pairs_of_one_image_are_never_drawn_against_each_other(objectives):
     model = new_model(objectives).train()
     ids = torch.tensor([5, 8, 5, UNKNOWN_IMAGE, UNKNOWN_IMAGE, 8])
     drawn = set()
@@ -372,7 +372,7 @@ def test_unknown_images_are_positives_of_themselves_alone():
     assert torch.equal(targets, torch.eye(6, 30))
 
 
-def test_itc_by_image_id_equals_itc_by_place_for_unique_images():
+def test_08_itc_by_image_id_equals_itc_by_place_for_unique_images():
     by_id, by_place = reference_model(FINE_TUNING), reference_model()
     one, other = (
         model(*batch(), STEP, Negatives(torch.arange(6), torch.arange(6)))
@@ -460,7 +460,15 @@ def test_a_compiled_step_equals_a_plain_one():
 # --- what a newcomer expects -------------------------------------------------------------------
 
 
-def test_an_untrained_model_is_at_chance():
+def test_10_matching_that_knows_the_prior_alone_costs_what_it_should():
+    model = new_model()
+    with torch.no_grad():
+        model.itm_head.weight.zero_()
+        model.itm_head.bias.copy_(torch.tensor([math.log(2), 0.0]))  # two of three do not match
+    assert model(*batch(), STEP).itm.item() == pytest.approx(0.6365, abs=1e-4)
+
+
+def test_10_an_untrained_model_is_at_chance():
     model = new_model(replace(OBJECTIVES, temperature=0.5))
     got = model(*batch(), MedStep(alpha=0.0))
     assert got.itm.item() == pytest.approx(math.log(2), abs=0.15)
