@@ -51,6 +51,7 @@ _REFUSED_IPV6 = tuple(
 
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
 _ENDS_IN_NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?$")
+_IDNA_DOTS = re.compile("[.\u3002\uff0e\uff61]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SAFE_IN_PATH = string.punctuation.replace("\\", "").replace('"', "").replace("^", "")
 
@@ -224,6 +225,8 @@ def _name_or_ipv4(name: str) -> str:
 
 
 def _to_ascii(name: str) -> str:
+    if _IDNA_DOTS.split(name)[-1].isdigit():  # some readers take any script's digits for a number
+        raise FetchError(FailureReason.HOST_REFUSED, f"odd spelling of an address: {name[:80]!r}")
     try:
         return name.encode("idna").decode("ascii").lower()
     except UnicodeError as error:

@@ -75,6 +75,7 @@ def _reason_of(error: Exception) -> FailureReason:
 class _Limits:
     timeout_seconds: float
     header_bytes: int
+    chunk_line_bytes: int
     wire_bytes: int
 
 
@@ -102,21 +103,26 @@ class _Wire(io.RawIOBase):
 
 
 class _Stream(io.BufferedReader):
-    """What http.client reads a response from; counts the bytes of the lines in its head."""
+    """What http.client reads a response from; counts the bytes of its lines."""
 
     def __init__(self, wire: _Wire, limits: _Limits) -> None:
         super().__init__(wire, READ_BYTES)
+        self._what = "headers"
+        self._reason = FailureReason.HEADERS_TOO_LARGE
         self._max_line_bytes = limits.header_bytes
         self._num_line_bytes = 0
-        self.is_head_over = False  # chunk sizes are lines too, but count as body
+        self._chunk_line_bytes = limits.chunk_line_bytes
+
+    def begin_body(self) -> None:
+        """Count from here on: chunk sizes and trailers are lines too."""
+        self._what, self._reason = "chunk sizes", FailureReason.BODY_TOO_LARGE
+        self._max_line_bytes, self._num_line_bytes = self._chunk_line_bytes, 0
 
     def readline(self, size: int | None = -1, /) -> bytes:
         line = super().readline(size)
         self._num_line_bytes += len(line)
-        if not self.is_head_over and self._num_line_bytes > self._max_line_bytes:
-            raise FetchError(
-                FailureReason.HEADERS_TOO_LARGE, f"over {self._max_line_bytes} bytes of headers"
-            )
+        if self._num_line_bytes > self._max_line_bytes:
+            raise FetchError(self._reason, f"over {self._max_line_bytes} bytes of {self._what}")
         return line
 
 
@@ -170,7 +176,7 @@ class Connection:
             )
             response = http_connection.getresponse()
         assert self._socket.stream is not None
-        self._socket.stream.is_head_over = True
+        self._socket.stream.begin_body()
         return response
 
     @property
@@ -203,8 +209,9 @@ class Connector:
         self._limits = _Limits(
             timeout_seconds=config.timeout_seconds,
             header_bytes=config.max_header_bytes,
-            # Chunk sizes and trailers ride along with the body; more than doubling it is an attack.
-            wire_bytes=config.max_header_bytes + 2 * config.max_body_bytes + READ_BYTES,
+            # A body in chunks of one byte costs us far more than it costs the server.
+            chunk_line_bytes=config.max_header_bytes + config.max_body_bytes // 16,
+            wire_bytes=2 * (config.max_header_bytes + config.max_body_bytes) + READ_BYTES,
         )
 
     def open(self, target: Target, deadline: Deadline) -> Connection:

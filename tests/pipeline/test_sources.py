@@ -468,6 +468,9 @@ def every_format(tmp_path, num_records):
             [{"id": n, "regions": [{"phrase": captions[n]}]} for n in numbers]
         ),
     }  # fmt: skip
+    packed = gzip.compress(b"\xef\xbb\xbf" + files["t.csv"].encode())
+    yield source(tmp_path, "table", packed, name="p.csv.gz")
+    yield source(tmp_path, "cc3m", zstandard.compress(files["cc3m"].encode()), name="p.tsv.zst")
     for name, text in files.items():
         suffix = ".json" if name in ("sbu", "coco", "visual_genome") else ""
         more = {"image_root": "/vg"} if name == "visual_genome" else {}
@@ -667,4 +670,4 @@ def test_listing_takes_constant_memory(tmp_path, capsys):
                 f"peak RSS grew {growth_mib:.0f} MiB\n"
             )
         assert found == expected
-        assert growth_mib < 60, config.format
+        assert growth_mib < 100, config.format  # what libraries hold, whatever the size
