@@ -16,7 +16,7 @@ from typing import Self
 from pipeline.web.client import Answer, Client, Clocks
 from pipeline.web.config import FetchConfig, RetryPolicy
 from pipeline.web.deadline import Deadline
-from pipeline.web.failures import FailureReason, FetchError
+from pipeline.web.failures import FailureReason, FetchError, printable
 from pipeline.web.guard import Target
 from pipeline.web.robots import forbidding_directive
 from pipeline.web.robots_cache import MAX_ROBOTS_BYTES, RobotsCache
@@ -50,7 +50,7 @@ class FetchResult:
     final_url: str | None = None
     """After redirects, without credentials; None when the URL failed."""
     content_type: str | None = None
-    """As the server claims."""
+    """As the server claims, printable and cut short."""
     attempts: int = 0
     """0 when the URL was refused before anything was sent."""
     elapsed_seconds: float = 0.0
@@ -211,12 +211,13 @@ def _failed(url: str, error: FetchError, attempts: int, elapsed_seconds: float) 
 
 
 def _fetched(url: str, answer: Answer, attempts: int, elapsed_seconds: float) -> FetchResult:
+    content_type = answer.headers.get("Content-Type")
     return FetchResult(
         url=url,
         body=answer.body,
         http_status=answer.status,
         final_url=answer.target.url,
-        content_type=answer.headers.get("Content-Type"),
+        content_type=None if content_type is None else printable(content_type),
         attempts=attempts,
         elapsed_seconds=elapsed_seconds,
     )

@@ -25,12 +25,12 @@ def find_files(paths: tuple[str, ...], suffixes: tuple[str, ...]) -> list[str]:
     found: list[str] = []
     for path in paths:
         fs, root = fsspec.url_to_fs(path)
-        if "*" in root or "?" in root or "[" in root:
-            names = [name for name in fs.glob(root) if fs.isfile(name)]
-        elif fs.isdir(root):
+        if fs.isdir(root):
             names = [name for name in fs.find(root) if _plain_name(name).endswith(suffixes)]
+        elif fs.exists(root):  # first: the name of a file may look like a pattern
+            names = [root]
         else:
-            names = [root] if fs.exists(root) else []
+            names = [name for name in fs.glob(root) if fs.isfile(name)]
         if not names:
             wanted = ", ".join(suffixes)
             raise SourceError(f"{path}: no such file, or nothing in it ends in {wanted}")

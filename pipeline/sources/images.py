@@ -68,7 +68,7 @@ class FolderReader:
                 file=folder,
                 line=number + 1,
                 reason=error.reason,
-                detail=f"{image}: {error.detail}",
+                detail=f"{image!r}: {error.detail}",
             )
 
 

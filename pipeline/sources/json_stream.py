@@ -56,7 +56,7 @@ class _Cursor:
             self._expect(":")
             if name == key:
                 return
-            seen.append(str(name)[:40])
+            seen.append(repr(name)[:40])
             self._pass_value()
             if self._peek() == ",":
                 self._expect(",")

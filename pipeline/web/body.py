@@ -25,17 +25,19 @@ def read_body(response: http.client.HTTPResponse, deadline: Deadline, *, max_byt
     encoding = (response.getheader("Content-Encoding") or "").strip().lower()
     pieces = _wire_pieces(response, deadline)
     if encoding in _ZLIB_FAMILY:
-        pieces = _inflated(pieces, max_bytes)
+        pieces = _inflated(pieces)
     elif encoding not in _PLAIN:
         raise FetchError(FailureReason.BAD_ENCODING, f"Content-Encoding {encoding[:80]!r}")
-    body = bytearray()
+    held: list[bytes] = []
+    num_held = 0
     for piece in pieces:
-        body += piece
-        if len(body) > max_bytes:
+        held.append(piece)
+        num_held += len(piece)
+        if num_held > max_bytes:
             raise _too_large("read so far", max_bytes)
-    if not body:
+    if not num_held:
         raise FetchError(FailureReason.EMPTY_BODY, "zero bytes")
-    return bytes(body)
+    return b"".join(held)
 
 
 def _too_large(seen: str, max_bytes: int) -> FetchError:
@@ -55,7 +57,7 @@ def _wire_pieces(response: http.client.HTTPResponse, deadline: Deadline) -> Iter
         raise FetchError(FailureReason.TRUNCATED_BODY, f"{num_read} of {declared} bytes came")
 
 
-def _inflated(pieces: Iterator[bytes], max_bytes: int) -> Iterator[bytes]:
+def _inflated(pieces: Iterator[bytes]) -> Iterator[bytes]:
     decoder = zlib.decompressobj(_DETECT_GZIP_OR_ZLIB)
     try:
         for piece in pieces:

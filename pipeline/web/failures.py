@@ -69,6 +69,7 @@ _TRANSIENT = frozenset(
     }
 )
 
+_MAX_DETAIL_CHARS = 300
 _STATUS_REASONS = {
     401: FailureReason.FORBIDDEN,
     403: FailureReason.FORBIDDEN,
@@ -86,8 +87,13 @@ def reason_for_status(status: int) -> FailureReason:
     return _STATUS_REASONS.get(status, FailureReason.HTTP_ERROR)
 
 
+def printable(text: str) -> str:
+    """Return what a stranger wrote, fit for a log and a table: cut short, no control characters."""
+    return "".join(char if char.isprintable() else "?" for char in text[:_MAX_DETAIL_CHARS])
+
+
 class FetchError(Exception):
-    """A URL failed, for one reason; `detail` says what was seen, in words."""
+    """A URL failed, for one reason; `detail` says what was seen, in printable words."""
 
     def __init__(
         self,
@@ -98,8 +104,8 @@ class FetchError(Exception):
         retry_after_seconds: float | None = None,
     ) -> None:
         """`retry_after_seconds` is what the server asked for, None when it did not ask."""
-        super().__init__(f"{reason}: {detail}")
         self.reason = reason
-        self.detail = detail
+        self.detail = printable(detail)
+        super().__init__(f"{reason}: {self.detail}")
         self.http_status = http_status
         self.retry_after_seconds = retry_after_seconds

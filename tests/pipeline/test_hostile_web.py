@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scripted_server import ScriptedServer, http
 
 from pipeline.fetch import Fetcher, Surroundings
@@ -390,6 +392,55 @@ def test_a_hostile_url_sends_nothing(url, attack, canary):
     assert result.reason in REFUSALS | {Reason.URL_TOO_LONG}
     assert result.attempts == 0
     assert connected == []
+
+
+def test_what_a_server_writes_into_a_log_is_printable_and_short(attack):
+    loud = attack(lambda request: head(status="418 \x1b[2J\x07\x85" + "x" * 9999))
+    assert loud.detail.isprintable()
+    assert len(loud.detail) < 200
+    typed = attack(lambda request: http(Content_Type="image/jpeg\x1b[31m\r\n " + "y" * 9999))
+    assert typed.content_type.startswith("image/jpeg?[31m")
+    assert typed.content_type.isprintable()
+    assert len(typed.content_type) <= 300
+
+
+pieces = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from(
+        [
+            b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 302 Found\r\n", b"HTTP/1.1 100 Continue\r\n\r\n",
+            b"HTTP/1.1 503 Busy\r\n", b"Content-Length: ", b"5\r\n", b"-1\r\n", b"\r\n",
+            b"\r\n\r\n",
+            b"Transfer-Encoding: chunked\r\n", b"Content-Encoding: gzip\r\n", b"Location: /\r\n",
+            b"Location: http://127.0.0.2/\r\n", b"X-Robots-Tag: ", b"Retry-After: ", b"a: b\r\n",
+            b"0\r\n\r\n", b"5\r\nhello\r\n", gzip.compress(b"hello"), b"Connection: close\r\n",
+        ]
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    """A server that answers with what its list holds, and a fetcher that tries twice at most."""
+    answer: list[bytes] = []
+    limits = {**LIMITS, "retry": RetryPolicy(max_attempts=2, base_delay_seconds=0)}
+    with (
+        ScriptedServer(lambda request: iter(answer)) as server,
+        Fetcher(FetchConfig(**limits)) as web,
+    ):
+        yield answer, server, web
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(pieces, max_size=12))
+def test_any_answer_gives_a_result_and_never_an_exception(scripted, sent):
+    answer, server, web = scripted
+    answer[:] = [b"HTTP/1.1 200 OK\r\n", *sent]
+    connected.clear()
+    result = web.fetch(server.url())
+    assert (result.body is None) is (result.reason is not None)
+    assert result.detail.isprintable()
+    assert set(connected) <= {("127.0.0.1", server.port)}
 
 
 def test_bytes_that_are_no_ascii_are_quoted_on_the_way():

@@ -645,7 +645,7 @@ def listing_growth_mib(config):
 
 
 def test_listing_takes_constant_memory(tmp_path, capsys):
-    num_rows = 200_000
+    num_rows = 100_000
     line = "a caption of the usual length, ten words or so\thttp://host-{}.example.com/image.jpg\n"
     with open(tmp_path / "big.tsv", "w") as stream:
         stream.writelines(line.format(n) for n in range(num_rows))
@@ -656,7 +656,7 @@ def test_listing_takes_constant_memory(tmp_path, capsys):
         for number, item in enumerate(items):
             stream.write(("," if number else "") + item)
         stream.write("]")
-    laion_file(tmp_path / "l.parquet", num_rows, rows_per_group=50_000)
+    laion_file(tmp_path / "l.parquet", num_rows, rows_per_group=25_000)
     for config, expected in (
         (source(tmp_path, "cc3m", name="big.tsv"), num_rows),
         (source(tmp_path, "laion400m", name="l.parquet"), num_rows),
