@@ -1,7 +1,7 @@
 """The Q-Former: learned queries that read a frozen image encoder, and a text transformer beside.
 
 Both share their self-attention (BLIP-2, Sec. 3.1); which of them sees the other depends on the
-pass. Queries and text travel as two tensors: all but the self-attention treats them apart.
+pass, and all but the self-attention treats them apart.
 Dims: B images, N rows, Q query tokens, T text tokens, P image tokens, D width, I image width,
 h heads, V vocabulary.
 """
@@ -113,6 +113,23 @@ class QFormerLayer(nn.Module):
     def project_image(self, image: Tensor) -> KeysValues | None:
         """Return what this layer asks of (B, P, I) image tokens; None where it does not look."""
         return None if self.cross_attention is None else self.cross_attention.project(image)
+
+    def read_both(
+        self,
+        queries: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        images: Sequence[tuple[KeysValues | None, ImageKeysValues]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return (N, Q, D) and (N, T, D) after the whole layer.
+
+        Self-attention treats them as one sequence, queries first; `mask` is over its Q+T columns.
+        """
+        both = torch.cat((queries, text), dim=1)  # (N, Q+T, D)
+        attended = self.attention(both, self.attention.project(both), mask)
+        num_queries = queries.shape[1]
+        read = self.finish_queries(attended[:, :num_queries], images)
+        return read, self.finish_text(attended[:, num_queries:])
 
     def finish_queries(
         self, queries: Tensor, images: Sequence[tuple[KeysValues | None, ImageKeysValues]]
@@ -244,7 +261,13 @@ class QFormer(nn.Module):
         layer leaves out the text, of which nobody reads more.
         """
         mask = columns_mask(self.config.num_queries, text_is_real)
-        return self._encode_both(token_ids, (mask, mask), images, text_to_the_end=False)[0]
+        queries, text = self._embed_queries(token_ids.shape[0]), self._embed_text(token_ids)
+        *all_but_last, last = self._stack()
+        for number, layer in enumerate(all_but_last):
+            queries, text = layer.read_both(queries, text, mask, _at(number, images))
+        context = last.attention.project(torch.cat((queries, text), dim=1))
+        attended = last.attention(queries, context, mask)
+        return last.finish_queries(attended, _at(len(all_but_last), images))
 
     def encode_jointly(
         self,
@@ -254,10 +277,11 @@ class QFormer(nn.Module):
         images: Sequence[ImageKeysValues],
     ) -> Tensor:
         """Run queries and text in one pass under the objective's mask; returns (N, Q+T, D)."""
-        num_queries = self.config.num_queries
-        mask = self_attention_mask(objective, num_queries, text_is_real)[:, None]
-        masks = mask[:, :, :num_queries], mask[:, :, num_queries:]
-        return torch.cat(self._encode_both(token_ids, masks, images, text_to_the_end=True), dim=1)
+        mask = self_attention_mask(objective, self.config.num_queries, text_is_real)[:, None]
+        queries, text = self._embed_queries(token_ids.shape[0]), self._embed_text(token_ids)
+        for number, layer in enumerate(self._stack()):
+            queries, text = layer.read_both(queries, text, mask, _at(number, images))
+        return torch.cat((queries, text), dim=1)
 
     def decode(
         self, token_ids: Tensor, text_is_real: Tensor, queries: Sequence[KeysValues]
@@ -298,24 +322,6 @@ class QFormer(nn.Module):
             raise ValueError("this Q-Former has no language head: see QFormerConfig.has_text")
         logits: Tensor = self.language_head(states, self.word_embeddings.weight)
         return logits
-
-    def _encode_both(
-        self,
-        token_ids: Tensor,
-        masks: tuple[Tensor, Tensor],
-        images: Sequence[ImageKeysValues],
-        *,
-        text_to_the_end: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return query and text states; `masks` are those of the query and of the text rows."""
-        queries, text = self._embed_queries(token_ids.shape[0]), self._embed_text(token_ids)
-        for number, layer in enumerate(self._stack()):
-            context = layer.attention.project(queries).followed_by(layer.attention.project(text))
-            attended = layer.attention(queries, context, masks[0])
-            queries = layer.finish_queries(attended, _at(number, images))
-            if text_to_the_end or number < self.config.num_layers - 1:
-                text = layer.finish_text(layer.attention(text, context, masks[1]))
-        return queries, text
 
     def _embed_queries(self, num_rows: int) -> Tensor:
         queries = self.embedding_norm(self.query_tokens).expand(num_rows, -1, -1)  # (N, Q, D)
