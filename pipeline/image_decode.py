@@ -33,6 +33,7 @@ _PILLOW_ERRORS = (
     OverflowError,
     struct.error,
     zlib.error,
+    Image.DecompressionBombError,  # a frame larger than the header said
 )
 # Named directly, for Image.open would offer the bytes to every plugin there is, and warn of sizes
 # that have been judged already.
