@@ -154,7 +154,8 @@ class MedText(nn.Module):
         """Return (R, T, D) states of texts alone, for `token_ids` (R, T) that start with [CLS].
 
         `text_is_real` is (R, T) bool, False on padding; every row needs a real token. With
-        `first_only` the result is (R, 1, D): the last layer then computes position 0 alone.
+        `first_only` the result is (R, 1, D): the last layer then computes position 0 alone. Raises
+        ValueError for a mask that is not bool and for a text longer than the position table.
         """
         return self._encode(token_ids, text_is_real, None, first_only)
 
@@ -181,7 +182,7 @@ class MedText(nn.Module):
         image: ImageKeysValues | None,
         first_only: bool,
     ) -> Tensor:
-        mask = text_is_real[:, None, None, :]  # (R, 1, 1, T)
+        mask = _columns(text_is_real)  # (R, 1, 1, T)
         hidden = self._embeddings("encoder")(token_ids)
         for number, layer in enumerate(self._layers()):
             text = layer.self_attention_of("encoder").project(hidden)
@@ -198,7 +199,7 @@ class MedText(nn.Module):
         """
         length = token_ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=token_ids.device).tril()
-        mask = causal & text_is_real[:, None, None, :]  # (R, 1, T, T)
+        mask = causal & _columns(text_is_real)  # (R, 1, T, T)
         hidden = self._embeddings("decoder")(token_ids)
         for layer, context in zip(self._layers(), image, strict=True):
             text = layer.self_attention_of("decoder").project(hidden)
@@ -295,3 +296,10 @@ def starting_with(token_id: int, token_ids: Tensor) -> Tensor:
     replaced = token_ids.clone()
     replaced[:, 0] = token_id
     return replaced
+
+
+def _columns(text_is_real: Tensor) -> Tensor:
+    """Return (R, 1, 1, T): every row may attend to all real columns."""
+    if text_is_real.dtype != torch.bool:  # attention would add a mask of 0 and 1 to its scores
+        raise ValueError(f"text_is_real is {text_is_real.dtype}; pass attention_mask.bool()")
+    return text_is_real[:, None, None, :]

@@ -309,6 +309,13 @@ def test_a_text_longer_than_the_position_table_is_an_error(model):
         model.text.encode(ids, torch.ones(1, 33, dtype=torch.bool))
 
 
+def test_a_mask_of_zeros_and_ones_is_an_error_not_an_addend(model, golden, image):
+    ids, mask = golden["token_ids"], golden["is_real"].float()
+    for run in (model.text.encode, lambda *args: model.text.decode(*args, image)):
+        with pytest.raises(ValueError, match=r"text_is_real is torch.float32; .*bool"):
+            run(ids, mask)
+
+
 # --- several texts of an image -----------------------------------------------------------------
 
 

@@ -440,12 +440,13 @@ def test_losses_under_bfloat16_autocast_are_near_the_full_ones():
         assert getattr(half, name).item() == pytest.approx(getattr(full, name).item(), rel=0.02)
 
 
-def test_a_compiled_step_equals_a_plain_one():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_step_equals_a_plain_one(backend):
     negatives = recorded_negatives(steps()[0])
     plain, model = (new_model(**ONE_LAYER).train() for _ in range(2))
     expected = plain(*batch(), STEP, negatives)
     expected.total.backward()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     got = compiled(*batch(), STEP, negatives)
     got.total.backward()
     assert got.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
