@@ -172,10 +172,12 @@ def task_exchange(rank):
     wanted = torch.tensor([[5, 0, 0, 4], [3, 0, 5, 5]][rank])
     got = collectives.exchange_rows(rows, wanted)
     (got[:, 0] * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
+    half = collectives.exchange_rows(rows.detach().bfloat16(), wanted)
     own_only = collectives.exchange_rows(rows.detach(), torch.tensor([0, 2, 1]) + 3 * rank)
     return {
         "got": got.detach(),
         "grad": rows.grad,
+        "half": half,
         "own_only": own_only,
         "gathered": collectives.gather(rows),
         "keeps_grad": torch.tensor(collectives.gather(rows).requires_grad),
@@ -188,6 +190,8 @@ def test_exchange_moves_the_wanted_rows_and_returns_their_gradient(tmp_path):
     assert saved[1]["got"].flatten().tolist() == [10, 0, 12, 12]
     assert saved[0]["grad"].flatten().tolist() == [110 + 10, 0, 0]
     assert saved[1]["grad"].flatten().tolist() == [1, 1000, 1 + 100 + 1000]
+    assert saved[0]["half"].dtype == torch.bfloat16  # what autocast sends
+    assert saved[0]["half"].flatten().tolist() == [12, 0, 0, 11]
     assert saved[0]["own_only"].flatten().tolist() == [0, 2, 1]
     assert saved[1]["own_only"].flatten().tolist() == [10, 12, 11]
     for rank in range(WORLD):

@@ -86,8 +86,7 @@ def test_blip_finetuning_cosine_equals_the_reference(golden):
     assert rates == pytest.approx([entry["lr"] for entry in record["lrs"]], **EXACT)
 
 
-def test_scheduler_values_at_steps_0_w_minus_1_w_and_t():
-    """Acceptance test 12."""
+def test_12_scheduler_values_at_steps_0_w_minus_1_w_and_t():
     schedule = WarmupCosine(
         peak=1e-4, floor=5e-5, start=1e-6, warmup_steps=2000, total_steps=80_000
     )
@@ -99,7 +98,7 @@ def test_scheduler_values_at_steps_0_w_minus_1_w_and_t():
     assert schedule(90_000) == schedule(80_000)
 
 
-def test_warmup_crosses_epochs_and_the_rate_never_jumps():
+def test_d12_warmup_crosses_epochs_and_the_rate_never_jumps():
     """Defect D12: the reference cuts the warm-up off at the end of epoch 0."""
     schedule = WarmupCosine(warmup_steps=5000, total_steps=8350)
     rates = [schedule(step) for step in range(8350)]
@@ -114,7 +113,7 @@ def test_paper_schedule_stays_between_its_bounds(warmup, total, step):
     assert step < warmup or schedule(step) >= 5e-5
 
 
-def test_defaults_are_the_papers():
+def test_d13_defaults_are_the_papers():
     """Defect D13: beta2 0.98, 2k warm-up and 250k steps are not in the released yamls."""
     assert AdamWConfig().betas == (0.9, 0.98)
     assert (WarmupCosine().warmup_steps, WarmupCosine().total_steps) == (2000, 250_000)
@@ -163,7 +162,7 @@ def test_strict_groups_are_the_same_under_our_own_names():
     assert theirs(groups) == recorded(expected)
 
 
-def test_default_groups_differ_from_the_reference_by_the_temperature_alone():
+def test_d8_default_groups_differ_from_the_reference_by_the_temperature_alone():
     """Defect D8: the reference decays the temperature."""
     model = reference_model()
     ours, strict = (
@@ -217,13 +216,13 @@ def test_layer_decay_scales_equal_the_reference():
         ("qformer.layers.0.query_ffn.up.weight", 24),
     ],
 )
-def test_layer_ids_of_a_clip_tower(name, layer):
+def test_d7_layer_ids_of_a_clip_tower(name, layer):
     """Defect D7, second half: suffixed names of CLIP-L's stem fell to the top layer."""
     decay = LayerDecay(num_blocks=23, rate=0.95)
     assert decay.scale(name) == pytest.approx(0.95 ** (24 - layer))
 
 
-def test_layer_decay_reaches_the_optimiser():
+def test_d7_layer_decay_reaches_the_optimiser():
     """Defect D7: the reference computes the scales and its scheduler overwrites them."""
     model = nn.Module()
     model.image_encoder = nn.Module()

@@ -353,9 +353,23 @@ def assert_compiled_equals_eager(backend, negatives):
     return compiled(*inputs).negatives
 
 
-def test_compiled_whole_equals_eager(golden):
+def test_d9_compiled_whole_equals_eager(golden):
+    """One graph also shows that nothing is read back to decide, as drawing in a loop would."""
     negatives = assert_compiled_equals_eager("aot_eager", drawn(golden))
     assert (negatives.image_for_text != torch.arange(6)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_d9_a_step_never_waits_for_the_device(golden):
+    model = reference_model().cuda()
+    inputs = [values.cuda() for values in batch(golden)]
+    model(*inputs).total.backward()  # libraries may wait when they are first used
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(*inputs).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.slow
