@@ -118,11 +118,13 @@ def _instance_rows(config: SourceConfig, file: str) -> Rows:
     Annotations come in any order, so all captions of the file are held: some 100 bytes each.
     """
     captions: dict[object, list[str]] = {}
+    first_lines: dict[object, int] = {}
     refused: list[MalformedRow] = []
     for item in items_of(file, "annotations", max_item_bytes=config.max_record_bytes):
         try:
             image_id, caption = _annotation(config, item)
             captions.setdefault(image_id, []).append(caption)
+            first_lines.setdefault(image_id, item.line)
         except RecordError as error:
             refused.append(_malformed(config, file, item.line, error.reason, error.detail))
     seen: set[object] = set()
@@ -130,7 +132,13 @@ def _instance_rows(config: SourceConfig, file: str) -> Rows:
         yield _row(config, file, item.line, partial(_instance_row, config, item, captions, seen))
     for image_id in captions.keys() - seen:
         refused += [
-            _malformed(config, file, 1, MalformedReason.UNMATCHED, f"no image {image_id!r}")
+            _malformed(
+                config,
+                file,
+                first_lines[image_id],
+                MalformedReason.UNMATCHED,
+                f"no image {image_id!r}",
+            )
             for _ in captions[image_id]
         ]
     yield from sorted(refused, key=lambda row: (row.line, row.detail))

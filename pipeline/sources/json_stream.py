@@ -71,17 +71,20 @@ class _Cursor:
             self._expect("]")
             return
         while True:
-            self._peek()
             line = self._line
-            yield JsonItem(line, self.value())
+            yield JsonItem(line, self._value_here())
             if self._peek() == "]":
                 self._expect("]")
                 return
             self._expect(",")
+            self._peek()
 
     def value(self) -> object:
-        """Return the value that begins here."""
+        """Return the value that comes next."""
         self._peek()
+        return self._value_here()
+
+    def _value_here(self) -> object:
         while True:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
@@ -106,6 +109,9 @@ class _Cursor:
             pass
 
     def _peek(self) -> str:
+        """Return the next character that is no space, and stand at it."""
+        if self._at < len(self._text) and (char := self._text[self._at]) > " ":
+            return char
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None  # it matches nothing at least

@@ -38,7 +38,8 @@ class ScriptedServer:
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> "ScriptedServer":
-        self._listener = socket.create_server((self.address, 0), backlog=128)
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        self._listener = socket.create_server((self.address, 0), family=family, backlog=128)
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
         return self
@@ -49,7 +50,8 @@ class ScriptedServer:
         self._listener.close()
 
     def url(self, path: str = "/") -> str:
-        return f"{'https' if self.tls else 'http'}://{self.address}:{self.port}{path}"
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{path}"
 
     def _accept(self) -> None:
         while True:

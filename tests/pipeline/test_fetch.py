@@ -170,7 +170,7 @@ def test_a_reset_and_a_silence_are_tried_again():
             return (b"" for _ in iter(lambda: server.stopping.wait(0.1), True))
         return http()
 
-    with ScriptedServer(script) as server, fetcher(timeout_seconds=0.2) as web:
+    with ScriptedServer(script) as server, fetcher(timeout_seconds=0.5) as web:
         result = web.fetch(server.url())
     assert (result.body, result.attempts) == (b"image", 3)
 
@@ -396,6 +396,27 @@ def test_proxies_of_the_environment_are_ignored(monkeypatch):
     assert proxy.num_connections == 0
 
 
+def test_ipv6_works_where_it_is_allowed():
+    try:
+        server = ScriptedServer(replies(http()), address="::1").__enter__()
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with server, fetcher(allowed_networks=("::1/128",)) as web:
+        result = web.fetch(server.url())
+    assert result.body == b"image"
+    assert server.requests[0].headers["host"] == f"[::1]:{server.port}"
+
+
+def test_the_next_address_of_a_name_is_tried_when_one_does_not_answer():
+    around = Surroundings(resolve=lambda host, port: ["127.0.0.3", "127.0.0.1"])
+    with (
+        ScriptedServer(replies(http())) as server,
+        fetcher(allowed_networks=("127.0.0.0/8",), surroundings=around) as web,
+    ):
+        result = web.fetch(f"http://two.example:{server.port}/")
+    assert (result.body, result.attempts) == (b"image", 1)
+
+
 # Robots
 
 
@@ -526,14 +547,18 @@ def test_https_works_with_a_trusted_certificate_and_one_context_for_all(tmp_path
         return built[-1]
 
     surroundings = Surroundings(build_tls_context=build, resolve=lambda host, port: ["127.0.0.1"])
+    named = []
+    server = tls_server(path, replies(http()))
+    server.tls.sni_callback = lambda sock, name, context: named.append(name)
     with (
-        tls_server(path, replies(http())) as server,
+        server,
         fetcher(ca_file=path, max_idle_connections=0, surroundings=surroundings) as web,
         ThreadPoolExecutor(4) as pool,
     ):
         urls = [server.url(), f"https://good.example:{server.port}/"] * 10
         assert all(result.body for result in pool.map(web.fetch, urls))
     assert server.num_connections == 20
+    assert named.count("good.example") == 10  # the name goes into TLS, the address into connect
     assert len(built) == 1
     assert built[0].session_stats()["connect_good"] == 20
     assert built[0].verify_mode is ssl.CERT_REQUIRED
