@@ -135,8 +135,9 @@ class Client:
                 return idle, idle.exchange(target, self._headers, deadline)
             except FetchError as error:
                 idle.close()
-                # Servers close idle connections at any moment: that is no failed attempt.
-                if error.reason is not FailureReason.CONNECTION_RESET:
+                # Servers close idle connections at any moment, and what an earlier answer left in
+                # one is not this URL's fault: only lost time counts as an attempt.
+                if error.reason in (FailureReason.TIMEOUT, FailureReason.TOO_SLOW):
                     raise
         connection = self._connector.open(target, deadline)
         try:

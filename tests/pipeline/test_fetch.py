@@ -318,6 +318,14 @@ def test_what_a_server_sends_unasked_is_not_taken_for_the_next_answer():
         assert web.fetch(server.url("/2")).body == b"asked for"
 
 
+def test_what_an_earlier_answer_left_in_a_connection_fails_no_other_url():
+    script = replies(http(), b"the rest of a body with a wrong length\r\n\r\n", http())
+    with ScriptedServer(script) as server, fetcher() as web:
+        results = [web.fetch(server.url(f"/{n}")) for n in range(2)]
+    assert [(result.body, result.attempts) for result in results] == [(b"image", 1)] * 2
+    assert server.num_connections == 2
+
+
 def test_a_host_is_asked_by_few_threads_at_once():
     lock, gauge = threading.Lock(), {"now": 0, "most": 0}
 
