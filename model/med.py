@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.bert import BertConfig, KeysValues, LanguageHead, init_bert_weights
 from model.med_layers import MedLayer, Role, Sharing, TextEmbeddings, by_role, of_role
-from model.names.blip import bert_name
+from model.names.blip import bert_name, modern_bert_name
 
 ImageKeysValues = tuple[KeysValues, ...]  # one for each layer; keys and values are (B, h, P, D/h)
 
@@ -134,6 +134,7 @@ class MedText(nn.Module):
         [DEC] and [ENC], stay as initialised; token types and pooler are left. Raises ValueError
         for a missing or misshapen tensor.
         """
+        weights = {modern_bert_name(name): source for name, source in weights.items()}
         for ours, target in self.state_dict().items():
             name = bert_name(ours)
             if name is None:

@@ -139,6 +139,12 @@ def bert_name(ours: str) -> str | None:
     return to_theirs(re.sub(r"\.(encoder|decoder)\.", ".both.", ours), _BERT_WITH_HEAD)
 
 
+def modern_bert_name(name: str) -> str:
+    """Return a tensor's present name: bert-base-uncased's file has LayerNorm.gamma and .beta."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
 def med_to_theirs(state: Mapping[str, Tensor], format: MedFormat) -> dict[str, Tensor]:
     """Return our weights as `format` names them; what it stores twice is cloned.
 

@@ -441,6 +441,24 @@ def test_starting_from_bert_gives_berts_states(sharing):
     )
 
 
+def test_a_bert_of_old_names_is_the_same_bert():
+    weights = bert_weights().state_dict()
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): t
+        for name, t in weights.items()
+    }
+    assert old.keys() != weights.keys()
+    torch.manual_seed(1)
+    one, other = MedText(NO_DROPOUT), MedText(NO_DROPOUT)
+    other.load_state_dict(one.state_dict())
+    one.load_bert(weights)
+    other.load_bert(old)
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_starting_from_bert_leaves_the_new_tokens_and_cross_attention_as_they_were():
     text = MedText(NO_DROPOUT)
     before = {name: tensor.clone() for name, tensor in text.state_dict().items()}
