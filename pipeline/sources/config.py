@@ -41,11 +41,12 @@ class SourceConfig(BaseModel):
     globs, local or any fsspec URL, read in the given order and sorted within each.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Names the source's folder in the corpus."""
     format: SourceFormat
+    """The form it is published in."""
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     """SBU as text: the file of URLs, then the file of captions."""
     origin: Origin = Origin.WEB
@@ -53,9 +54,11 @@ class SourceConfig(BaseModel):
     table_format: TableFormat | None = None
     """None goes by each file's name, with or without .gz or .zst."""
     url_column: str = "url"
+    """The column of the URLs, or of the file names below `image_root`."""
     caption_column: str | None = "caption"
     """A list of texts in one cell (JSONL, Parquet) gives several captions; None gives none."""
     extra_columns: tuple[str, ...] = ()
+    """Columns that are kept beside the row, one value each."""
     column_names: tuple[str, ...] | None = None
     """For CSV and TSV without a header line; None reads the header."""
     is_quoted: bool | None = None
@@ -67,7 +70,9 @@ class SourceConfig(BaseModel):
     image_data: str | None = None
     """Visual Genome: image_data.json, which holds the URLs."""
     max_caption_chars: Annotated[int, Field(ge=1)] = 10_000
+    """A record with a longer caption is malformed."""
     max_url_chars: Annotated[int, Field(ge=16)] = 8192
+    """A record with a longer URL is malformed."""
     max_record_bytes: Annotated[int, Field(ge=1024)] = 16 * 2**20
     """The longest line, CSV record or JSON item that is looked at."""
 

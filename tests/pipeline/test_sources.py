@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.sources.config import SourceConfig
+from pipeline.sources.config import SourceConfig, SourceFormat
 from pipeline.sources.rows import (
     HttpUrl,
     LocalImage,
@@ -392,6 +392,13 @@ def test_a_config_that_cannot_work_is_refused():
         SourceConfig(name="t", format="table", paths=("x",), column_names=("caption",))
     with pytest.raises(ValidationError, match="extra_forbidden|Extra inputs"):
         SourceConfig(name="t", format="table", paths=("x",), url_colum="u")
+
+
+@pytest.mark.parametrize("form", list(SourceFormat))
+def test_a_resolved_config_reads_back_as_itself(form):
+    config = SourceConfig(name="s", format=form, paths=("x.json",), image_data="image_data.json")
+    assert SourceConfig.model_validate(config.model_dump(mode="json")) == config
+    assert config.origin is (Origin.HUMAN if form in ("coco", "visual_genome") else Origin.WEB)
 
 
 def test_a_folder_of_images_is_a_source(tmp_path):
