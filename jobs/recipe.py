@@ -12,8 +12,8 @@ from pydantic_core import ErrorDetails
 from jobs.errors import RecipeError
 from jobs.yaml_lines import LocatedYaml, parse_yaml
 from pipeline.download import DownloadConfig
-from pipeline.fetch import FetchConfig
-from pipeline.sources import SourceConfig
+from pipeline.sources.config import SourceConfig
+from pipeline.web.config import FetchConfig
 
 MAX_RECIPE_BYTES = 1_000_000
 
