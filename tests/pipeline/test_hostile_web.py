@@ -118,7 +118,7 @@ def redirect_targets(port):
         "http://[::ffff:7f00:2]:{port}/", "http://[::1]:{port}/", "http://2130706434:{port}/",
         "http://0x7f000002:{port}/", "http://0177.0.0.2:{port}/", "http://127.2:{port}/",
         "http://127.0.0.2:{port}/", "//127.0.0.2:{port}/", "http://127.0.0.2.:{port}/",
-        "http://127。0。0。2:{port}/", "http://127.0.0.1@127.0.0.2:{port}/",  # noqa: RUF001
+        "http://127。0。0。2:{port}/", "http://127.0.0.1@127.0.0.2:{port}/",
         "http://user:pass@127.0.0.2:{port}/", "http://10.0.0.1/", "http://0.0.0.0:{port}/",
         "http://[64:ff9b::7f00:2]:{port}/", "http://[2002:7f00:2::]:{port}/",
         "http://[fe80::1%25lo]:{port}/", "http://100.100.100.200/", "http://224.0.0.1/",
