@@ -4,12 +4,21 @@ Everything here also works where no process group was started, or one of a singl
 then whole already. Dims: B rows of this rank, W ranks, N = W B rows of all ranks, rank-major.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep what talks to other ranks out of torch.compile's graphs: its sizes are known late."""
+    outside: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return outside
 
 
 def world_size() -> int:
@@ -28,10 +37,14 @@ def require_equal_sizes(sizes: Mapping[str, int], device: torch.device) -> None:
     A gather of unequal shapes would hang or garble instead. Costs one exchange of a few integers,
     on `device`. Raises ValueError that lists each rank's value.
     """
-    if world_size() == 1:
-        return
+    if world_size() > 1:
+        _require_equal_sizes(sizes, device)
+
+
+@_uncompiled
+def _require_equal_sizes(sizes: Mapping[str, int], device: torch.device) -> None:
     mine = torch.tensor([list(sizes.values())], dtype=torch.int64, device=device)
-    everyone = gather(mine).tolist()
+    everyone = _gather(mine).tolist()
     for name, values in zip(sizes, zip(*everyone, strict=True), strict=True):
         if len(set(values)) > 1:
             raise ValueError(
@@ -47,8 +60,11 @@ def gather(rows: Tensor) -> Tensor:
     All ranks must pass the same shape and dtype.
     """
     rows = rows.detach()
-    if world_size() == 1:
-        return rows
+    return rows if world_size() == 1 else _gather(rows)
+
+
+@_uncompiled
+def _gather(rows: Tensor) -> Tensor:
     gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
     dist.all_gather(list(gathered.chunk(world_size())), rows.contiguous())
     return gathered
@@ -60,8 +76,11 @@ def gather_with_grad(rows: Tensor) -> Tensor:
     With the average over ranks that data-parallel training takes afterwards, gradients equal those
     of one process that holds the joined batch and averages the ranks' losses.
     """
-    if world_size() == 1:
-        return rows
+    return rows if world_size() == 1 else _gather_with_grad(rows)
+
+
+@_uncompiled
+def _gather_with_grad(rows: Tensor) -> Tensor:
     gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
     return gathered
 
@@ -76,24 +95,30 @@ def exchange_rows(rows: Tensor, wanted: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows.index_select(0, wanted)
+    return _exchange_rows(rows, wanted)
+
+
+@_uncompiled
+def _exchange_rows(rows: Tensor, wanted: Tensor) -> Tensor:
     size, me = rows.shape[0], rank()
-    requests = gather(wanted).view(world_size(), -1)  # (W, n): what each rank wants
+    ranks = torch.arange(world_size(), device=wanted.device)
+    requests = _gather(wanted).view(world_size(), -1)  # (W, n): what each rank wants
     owners = requests.div(size, rounding_mode="floor")
     asked_of_me = owners == me
-    from_rank = torch.stack([(owners[me] == r).sum() for r in range(world_size())])
-    receive, send = torch.stack((from_rank, asked_of_me.sum(dim=1))).tolist()
-    leaving = rows.index_select(0, requests[asked_of_me] - me * size)  # by asker, in their order
-    arrived: Tensor = _AllToAll.apply(leaving, receive, send)  # type: ignore[no-untyped-call]
-    # Rows arrive sorted by owner; a stable sort tells where each request went.
-    arrival = owners[me].argsort(stable=True)
-    return arrived.index_select(0, arrival.argsort())
+    from_each = (owners[me] == ranks[:, None]).sum(dim=1)  # (W,)
+    receive, send = torch.stack((from_each, asked_of_me.sum(dim=1))).tolist()
+    # Stable sorts keep the order of asking: rows leave by asker and arrive by owner.
+    leaving = (~asked_of_me).flatten().long().argsort(stable=True)[: sum(send)]
+    sent = rows.index_select(0, requests.flatten()[leaving] - me * size)
+    arrived: Tensor = _AllToAll.apply(sent, receive, send)  # type: ignore[no-untyped-call]
+    return arrived.index_select(0, owners[me].argsort(stable=True).argsort())
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ANN401 -- torch leaves its type open
         ctx.num_rows = rows.shape[0]
-        return gather(rows)
+        return _gather(rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ANN401

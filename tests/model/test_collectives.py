@@ -16,28 +16,39 @@ from torch.testing import assert_close
 
 from model import collectives
 from model.losses import Negatives
+from model.stage1 import Stage1
 
 HERE = Path(__file__)
 WORLD = 2
 EXACT = {"atol": 1e-10, "rtol": 1e-9}  # in float64
 
 
-def run_two(task, folder):
-    """Run `task` of this file in two processes; return what each one saved, or how it failed."""
+def run_two(tasks, folder):
+    """Run tasks of this file in two processes; return by task what each rank saved."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    commands = [[sys.executable, str(HERE), task, str(rank), str(folder)] for rank in range(WORLD)]
+    commands = [
+        [sys.executable, str(HERE), str(rank), str(folder), *tasks] for rank in range(WORLD)
+    ]
     running = [
         subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
         for command in commands
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in running]
+        errors = [process.communicate(timeout=300)[1] for process in running]
     finally:
         for process in running:
             process.kill()
     for rank, process in enumerate(running):
         assert process.returncode == 0, f"rank {rank}:\n{errors[rank]}"
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    saved = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return {task: [saved[rank][task] for rank in range(WORLD)] for task in tasks}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What every task left behind; one start of two processes serves all tests."""
+    tasks = ["train", "sample", "exchange", "data_parallel", "uneven"]
+    return run_two(tasks, tmp_path_factory.mktemp("two"))
 
 
 def joined():
@@ -87,8 +98,8 @@ def task_train(rank):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return run_two("train", tmp_path_factory.mktemp("train"))
+def ranks(two):
+    return two["train"]
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +167,8 @@ def task_sample(rank):
     }
 
 
-def test_negatives_come_from_all_ranks_and_never_show_the_same_image(tmp_path):
-    drawn = run_two("sample", tmp_path)
+def test_negatives_come_from_all_ranks_and_never_show_the_same_image(two):
+    drawn = two["sample"]
     for kind in ("images", "texts"):
         both = torch.cat([drawn[0][kind], drawn[1][kind]], dim=1)  # (draws, N)
         pairs = {(row, column) for draw in both.tolist() for row, column in enumerate(draw)}
@@ -184,8 +195,8 @@ def task_exchange(rank):
     }
 
 
-def test_exchange_moves_the_wanted_rows_and_returns_their_gradient(tmp_path):
-    saved = run_two("exchange", tmp_path)
+def test_d9_exchange_moves_the_wanted_rows_and_returns_their_gradient(two):
+    saved = two["exchange"]
     assert saved[0]["got"].flatten().tolist() == [12, 0, 0, 11]
     assert saved[1]["got"].flatten().tolist() == [10, 0, 12, 12]
     assert saved[0]["grad"].flatten().tolist() == [110 + 10, 0, 0]
@@ -210,13 +221,41 @@ def task_data_parallel(rank):
     return averaged | {f"alone.{name}": grad for name, grad in grads_of(alone).items()}
 
 
-def test_data_parallel_training_averages_every_gradient(tmp_path):
-    saved = run_two("data_parallel", tmp_path)
+def test_data_parallel_training_averages_every_gradient(two):
+    saved = two["data_parallel"]
     mean = average(saved)
     names = {name.removeprefix("alone.") for name in mean if name.startswith("alone.")}
     assert names == {name for name, _ in model_of(gather_grad=True).named_parameters()}
     for name in names:
         assert_close(saved[0][f"averaged.{name}"], mean[f"alone.{name}"], **EXACT)
+
+
+def task_compiled(rank):
+    """One step with and without torch.compile, which leaves the exchanges out of its graphs."""
+    rows = slice(3 * rank, 3 * rank + 3)
+    own = Negatives(NEGATIVES.image_for_text[rows], NEGATIVES.text_for_image[rows])
+    torch.manual_seed(0)
+    sizes = dataclasses.replace(CONFIG.qformer, num_layers=1)
+    config = dataclasses.replace(CONFIG, qformer=sizes, gather_grad=True)
+    model = Stage1(config, torch.nn.Identity()).double()
+    saved = {}
+    for name, run in {
+        "eager": model,
+        "compiled": torch.compile(model, backend="aot_eager"),
+    }.items():
+        model.zero_grad()
+        run(*inputs_of(rows), own).total.backward()
+        saved |= {f"{name}.{n}": grad.clone() for n, grad in grads_of(model).items()}
+    return saved
+
+
+@pytest.mark.slow
+def test_two_ranks_compile(tmp_path):
+    for saved in run_two(["compiled"], tmp_path)["compiled"]:
+        names = [name for name in saved if name.startswith("eager.")]
+        assert names
+        for name in names:
+            assert_close(saved[name.replace("eager", "compiled")], saved[name], **EXACT)
 
 
 def task_uneven(rank):
@@ -233,8 +272,8 @@ def task_uneven(rank):
     return messages
 
 
-def test_d5_uneven_ranks_raise_on_every_rank_instead_of_hanging(tmp_path):
-    for saved in run_two("uneven", tmp_path):
+def test_d5_uneven_ranks_raise_on_every_rank_instead_of_hanging(two):
+    for saved in two["uneven"]:
         batch_error, text_error = (bytes(saved[n].tolist()).decode() for n in ("batch", "text"))
         assert batch_error.startswith("the batch size differs between ranks: [3, 2] on ranks 0..1")
         assert text_error.startswith("the text length differs between ranks: [12, 9]")
@@ -250,7 +289,7 @@ def test_without_a_process_group_the_batch_is_whole():
     assert torch.equal(collectives.exchange_rows(rows, torch.tensor([2, 2])), rows[[2, 2]])
 
 
-def main(task, rank, folder):
+def main(rank, folder, *tasks):
     """Be one of the two processes."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -261,7 +300,7 @@ def main(task, rank, folder):
         timeout=timedelta(seconds=60),
     )
     try:
-        saved = globals()[f"task_{task}"](int(rank))
+        saved = {task: globals()[f"task_{task}"](int(rank)) for task in tasks}
         torch.save(saved, Path(folder) / f"{rank}.pt")
         dist.barrier()
     finally:
