@@ -58,6 +58,11 @@ class ImageKeysValues:
         """Return B."""
         return next(layer.keys.shape[0] for layer in self.layers if layer is not None)
 
+    @property
+    def num_rows(self) -> int:
+        """Return how many rows of a pass these images serve."""
+        return self.num_images * self.rows_per_image
+
     def shared_by(self, rows_per_image: int) -> "ImageKeysValues":
         """Let each image serve this many neighbouring rows (several captions of one image)."""
         return replace(self, rows_per_image=rows_per_image)
@@ -141,7 +146,7 @@ class QFormerLayer(nn.Module):
         """
         if self.cross_attention is not None:
             seen = []
-            sizes = [image.num_images * image.rows_per_image for _, image in images]
+            sizes = [image.num_rows for _, image in images]
             for group, (context, image) in zip(torch.split(queries, sizes), images, strict=True):
                 assert context is not None
                 # Rows of one image stand side by side as if they were more of its queries.
@@ -257,9 +262,13 @@ class QFormer(nn.Module):
     ) -> Tensor:
         """Read image and text with each seeing the other: ITM. Returns the queries, (N, Q, D).
 
-        `images` are groups whose rows follow each other; together they serve N rows. The last
-        layer leaves out the text, of which nobody reads more.
+        `images` are groups whose rows follow each other; together they serve N rows, else
+        ValueError. The last layer leaves out the text, of which nobody reads more.
         """
+        if (served := sum(image.num_rows for image in images)) != token_ids.shape[0]:
+            raise ValueError(
+                f"the images serve {served} rows, but there are {len(token_ids)} texts"
+            )
         mask = columns_mask(self.config.num_queries, text_is_real)
         queries, text = self._embed_queries(token_ids.shape[0]), self._embed_text(token_ids)
         *all_but_last, last = self._stack()
@@ -290,10 +299,8 @@ class QFormer(nn.Module):
 
         Exact, because queries never see text; it saves the query rows of a joint pass.
         """
-        text, mask = (
-            self._embed_text(token_ids),
-            caption_mask(self.config.num_queries, text_is_real),
-        )
+        text = self._embed_text(token_ids)
+        mask = caption_mask(self.config.num_queries, text_is_real)
         for layer, seen in zip(self._stack(), queries, strict=True):
             context = seen.followed_by(layer.attention.project(text))
             text = layer.finish_text(layer.attention(text, context, mask))

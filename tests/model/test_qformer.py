@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
-from stage1_golden import HIDDEN, LOGITS, A, noise, npz, reference_model
+from stage1_golden import CONFIG, HIDDEN, LOGITS, A, noise, npz, reference_model
 from torch.testing import assert_close
 
 from model.masks import Objective
+from model.qformer import QFormer
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,37 @@ def test_one_pass_under_the_itg_mask_equals_the_reference(qformer, image, golden
 def test_hidden_image_tokens_equal_the_reference(qformer, golden):
     seen = qformer.project_image(golden["image_embeds"], golden["v_image_atts"].bool())
     assert_as_recorded(qformer.encode_image(seen).embeds, golden, "v_query_last_hidden")
+
+
+def test_rows_without_an_image_are_refused(qformer, image, golden):
+    with pytest.raises(ValueError, match="the images serve 12 rows, but there are 6 texts"):
+        qformer.encode_pair(*text(golden), [image.shared_by(2)])
+
+
+def test_q_former_without_text_says_so(golden):
+    vision_only = QFormer(dataclasses.replace(CONFIG.qformer, has_text=False))
+    assert not any("text" in name or "word" in name for name in vision_only.state_dict())
+    with pytest.raises(ValueError, match="built with has_text=False"):
+        vision_only.encode_text(*text(golden))
+
+
+def test_q_former_without_language_head_reads_but_does_not_write(image, golden):
+    reader = QFormer(dataclasses.replace(CONFIG.qformer, has_language_head=False))
+    assert reader.encode_pair(*text(golden), [image]).shape == (6, 8, 64)
+    with pytest.raises(ValueError, match="no language head"):
+        reader.next_token_logits(torch.zeros(1, 64))
+
+
+@torch.no_grad()
+def test_dropout_is_drawn_anew_in_training_and_off_in_evaluation(image, golden):
+    noisy = QFormer(dataclasses.replace(CONFIG.qformer, dropout=0.1))
+    for run in (
+        lambda: noisy.encode_image(image).embeds,
+        lambda: noisy.encode_text(*text(golden)),
+        lambda: noisy.encode_pair(*text(golden), [image]),
+        lambda: noisy.decode(*text(golden), noisy.encode_image(image).layers),
+    ):
+        noisy.train()
+        assert not torch.equal(run(), run())
+        noisy.eval()
+        assert torch.equal(run(), run())

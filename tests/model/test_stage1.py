@@ -13,6 +13,7 @@ from model.losses import Negatives
 from model.masks import Objective
 from model.names.blip2 import STAGE1_LAVIS
 from model.names.rename import to_ours
+from model.optim import AdamWConfig, DecayRule, build_adamw, set_learning_rate
 from model.qformer import CaptionCache, QFormer, QFormerConfig
 from model.stage1 import Stage1, Stage1Config
 
@@ -313,6 +314,36 @@ def test_d8_temperature_returns_to_its_range_and_keeps_its_gradient(golden):
     losses_of(model.train(), golden).itc.backward()
     assert model.temperature.item() == pytest.approx(0.001)
     assert model.temperature.grad.abs() > 0
+
+
+# Learning.
+
+
+def trajectory(optimizer_of, steps=12):
+    model, arrays = reference_model(), npz(B / "single.npz")
+    optimizer, totals = optimizer_of(model), []
+    for step in range(steps):
+        set_learning_rate(optimizer, 1e-3 * min(1.0, (step + 1) / 3))
+        total = model(*batch(arrays), drawn(arrays)).total
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    return totals
+
+
+def test_twelve_steps_follow_plain_adamw_with_the_reference_groups():
+    def plain(model):
+        named = list(model.named_parameters())
+        spared = [p for n, p in named if p.ndim == 1 or n.endswith(".bias")]
+        decayed = [p for n, p in named if not (p.ndim == 1 or n.endswith(".bias"))]
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": spared, "weight_decay": 0}]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False, fused=False)
+
+    strict = AdamWConfig(betas=(0.9, 0.999), rule=DecayRule.BLIP2)
+    ours = trajectory(lambda model: build_adamw(model, strict))
+    assert ours == pytest.approx(trajectory(plain), rel=1e-4)
+    assert ours[-1] < ours[0] - 2
 
 
 # Where and how it runs.
