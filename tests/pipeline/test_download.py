@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import download_jobs as jobs
 import pyarrow.parquet as pq
@@ -24,6 +25,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scripted_server import ScriptedServer, http
 
+from jobs.demo.answers import ServerConfig
+from jobs.demo.behaviours import Behaviour, Delivery
+from jobs.demo.encodings import FileKind
+from jobs.demo.plan import WebConfig
+from jobs.demo.web import build_web
 from pipeline.corpus import Corpus
 from pipeline.download import Downloader, Watch, key_of
 from pipeline.download_order import DownloadStoppedError, WaitingRoom
@@ -624,6 +630,43 @@ def test_local_images_are_capped_and_zip_bombs_too(archives, fetcher, corpus):
     done = downloader(corpus, fetcher, max_local_bytes=5000).download(SOURCE, 0, rows)
     assert done.record.counts.failed == {"file_too_large": 2}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+# The demo's web, whose truth is known
+
+
+def test_of_a_web_whose_truth_is_known_every_row_ends_as_it_should(tmp_path, corpus):
+    config = WebConfig(seed=3, num_web=500, num_human=1, num_test=1, laion_share=1.0, port=0)
+    web = build_web(tmp_path / "web", config)
+    source = SourceConfig(name=SOURCE, format="laion400m", paths=(str(web.lists.laion),))
+    policy = {"max_attempts": 2, "base_delay_seconds": 0.0, "max_retry_after_seconds": 1.0}
+    limits = {"timeout_seconds": 2.0, "is_robots_txt_honoured": True, "retry": policy}
+    images = {"min_side_px": 64, "max_aspect": 3.0}
+    serving = web.serve(ServerConfig(retry_after_seconds=1))
+    with serving, Fetcher(jobs.fetch_config(**limits)) as fetcher:
+        make = downloader(corpus, fetcher, images=images, rows_per_shard=500)
+        (plan,) = plan_shards(source, records_per_shard=500)
+        done = make.download(SOURCE, 0, read_shard(source, plan))
+    truth = web.truth()
+    ledger = ledger_of(corpus, done.record)
+    assert len(ledger) == done.record.rows_in == 500
+    wrong = []
+    for row in ledger:
+        planned = truth[urlsplit(row["url"]).path]
+        is_expected = planned.delivery in (Delivery.YES, Delivery.RETRY)
+        is_rule = planned.delivery is Delivery.POLICY
+        expected = "kept" if is_expected else "dropped" if is_rule else "failed"
+        is_guarded = planned.behaviour in (Behaviour.TO_PRIVATE, Behaviour.TO_METADATA)
+        if is_guarded or planned.file_kind is FileKind.BOMB:
+            expected = "dropped"  # by a rule of ours, whatever was behind it
+        if row["verdict"] != expected:
+            wrong.append((planned, row["verdict"], row["reason"], row["error_message"]))
+        if row["verdict"] == "kept":
+            size = row["original_width"], row["original_height"]
+            assert size == (planned.width, planned.height), planned
+    assert wrong == []
+    assert len({row["reason"] for row in ledger}) > 8
+    assert list(verify(corpus)) == []
 
 
 # The outcome
