@@ -16,8 +16,9 @@ points the process's standard output elsewhere, under every other thread; and im
 seconds and 400 MB in every worker. Its loop is what this module and `download_order` replace.
 
 **The ledger** has one row per input row with verdict, reason, HTTP status and number of attempts:
-the same answers from the web give the same bytes. How long each fetch took is not among its
-columns, for no two runs agree on that: `Watch.on_row` is told, and the outcome sums it per host.
+the same answers from the web give the same bytes. How long each fetch took, and in which words a
+broken connection was reported, is not in it, for no two runs agree on that: `Watch.on_row` is told
+both, and the outcome sums the times per host.
 """
 
 import math

@@ -42,7 +42,7 @@ RAW_SCHEMA = ledger_schema(
         pa.field("extra", pa.string()),  # the source's own columns, a JSON object
     ]
 )
-_MAX_MESSAGE_CHARS = 300
+_MAX_DETAIL_CHARS = 300
 
 # Our own rules, and the page's: such rows are left out on purpose and never retried.
 _RULES = frozenset(
@@ -57,6 +57,18 @@ _RULES = frozenset(
         FailureReason.ROBOTS_HEADER,
         BLOCKED_IMAGE,
         *(reason for reason in ImageReason if reason.is_rule),
+    }
+)
+# What is seen of a broken connection depends on the moment, and the ledger must not.
+_MOMENTARY = frozenset(
+    {
+        FailureReason.CONNECT_FAILURE,
+        FailureReason.CONNECTION_RESET,
+        FailureReason.DNS_FAILURE,
+        FailureReason.HOST_BUSY,
+        FailureReason.TIMEOUT,
+        FailureReason.TOO_SLOW,
+        FailureReason.TRUNCATED_BODY,
     }
 )
 _TRANSIENT = frozenset({UNREADABLE, *(reason for reason in FailureReason if reason.is_transient)})
@@ -78,6 +90,7 @@ class RowResult:
     ledger: Mapping[str, Any]  # the row's columns
     members: Mapping[str, bytes] | None = None  # the sample's files by extension, when kept
     is_copied: bool = False  # from the shard that is replaced; its files are there
+    detail: str = ""  # what was seen when it was not kept, in words
     num_bytes: int = 0  # downloaded
     elapsed_seconds: float = 0.0  # of the fetch, pauses and queueing included
 
@@ -185,12 +198,13 @@ def _captions(row: SourceRow) -> tuple[Caption, ...]:
 def _lost(key: str, row: SourceRow | MalformedRow, visit: _Visit, error: SampleError) -> RowResult:
     verdict = Verdict.DROPPED if error.reason in _RULES else Verdict.FAILED
     reason = str(error.reason)
+    detail = _storable(error.message[:_MAX_DETAIL_CHARS])
     ledger = {
         **_ledger_row(key, row, visit),
         "verdict": verdict.value,
         "reason": reason,
         "status": "failed_to_download" if visit.body is None else "failed_to_resize",
-        "error_message": _storable(f"{reason}: {error.message}"[:_MAX_MESSAGE_CHARS]),
+        "error_message": reason if reason in _MOMENTARY or not detail else f"{reason}: {detail}",
     }
     return RowResult(
         key=key,
@@ -198,6 +212,7 @@ def _lost(key: str, row: SourceRow | MalformedRow, visit: _Visit, error: SampleE
         reason=reason,
         url=row.url if isinstance(row, SourceRow) else None,
         ledger=ledger,
+        detail=detail,
         num_bytes=len(visit.body or b""),
         elapsed_seconds=visit.fetched.elapsed_seconds if visit.fetched else 0.0,
     )

@@ -58,6 +58,8 @@ def sick(number):
             return http(body=data, X_Robots_Tag="noai")
         case 17:
             return http(body=picture(number, kind="PNG"))
+        case 18:
+            return iter(())  # hangs up
     return healthy(number)
 
 
@@ -74,7 +76,7 @@ def slow_and_sick(request):
 def slow_and_healed(request):
     time.sleep(random.random() * 0.01)
     number = number_of(request)
-    return healthy(number) if number % 20 in (7, 13) else sick(number)
+    return healthy(number) if number % 20 in (7, 13, 18) else sick(number)
 
 
 def web_row(base_url, number, **changes):
