@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Blip2Config, BlipConfig, PreTrainedConfig
 
 from model.capfilt import MedCaptioner, MedFilter
-from model.llm import build_llm
+from model.llm import FrozenLlm, build_llm
 from model.names.blip import (
     CAPTIONER_TRANSFORMERS,
     FILTER_TRANSFORMERS,
@@ -157,6 +157,8 @@ def load_stage2(
 
     def build() -> Stage2:
         llm = build_llm(llm_config, dtype=llm_dtype, has_dropout=has_dropout)
+        if _has_own_head(llm, weights):
+            llm.untie_head()
         tower = FrozenImageEncoder(vision, dtype=image_dtype)
         return Stage2(Stage2Config(qformer=qformer), tower, llm)
 
@@ -225,7 +227,9 @@ def _read_blip2(folder: Path, table: Table) -> dict[str, Tensor]:
 def _save_blip2(
     model: nn.Module, config: PreTrainedConfig, table: Table, ours_alone: Reasons, folder: Path
 ) -> None:
-    state = model.state_dict()
+    once = {name for name, _ in model.named_parameters()}
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in again}
     aside = {name: tensor for name, tensor in state.items() if matches(name, ours_alone)}
     held = {name: tensor for name, tensor in state.items() if name not in aside}
     theirs = with_tower_to_theirs(held, table, EVA_VIT_TRANSFORMERS, "vision_model.")
@@ -254,6 +258,17 @@ def _write_folder(
         write_weights(aside, folder / OURS_ALONE)
     config.dtype = "float32"  # else transformers takes that of the first tensor for all
     config.save_pretrained(folder)
+
+
+def _has_own_head(llm: FrozenLlm, weights: Mapping[str, Tensor]) -> bool:
+    """Say whether the head's weights are there and differ from the word embeddings', as FlanT5's.
+
+    Configurations do not tell: transformers goes by the weights too.
+    """
+    head = llm.model.get_output_embeddings().weight
+    names = [name for name, p in llm.named_parameters(remove_duplicate=False) if p is head]
+    tied = [weights[f"llm.{name}"] for name in names if f"llm.{name}" in weights]
+    return any(not torch.equal(tied[0], other) for other in tied[1:])
 
 
 def _ln_vision_eps(config: Blip2Config, asked: float | None) -> float:

@@ -98,6 +98,15 @@ class FrozenLlm(nn.Module):
         """Follow the mode of the model around it, or stay in evaluation mode."""
         return super().train(mode and self.has_dropout)
 
+    @torch.no_grad()
+    def untie_head(self) -> None:
+        """Give the head weights of its own, at first those of the word embeddings.
+
+        transformers builds every T5 with tied ones, but FlanT5's differ.
+        """
+        head = self.model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+
     def causal_logits(self, prefix: Tensor, token_ids: Tensor, text_is_real: Tensor) -> Tensor:
         """Return what a decoder-only model predicts for each text token: (B, T, V) logits.
 
@@ -213,7 +222,10 @@ def load_llm(
 
 
 def build_llm(
-    config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, has_dropout: bool = True
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    has_dropout: bool = True,
 ) -> FrozenLlm:
     """Return a language model with random weights; under `torch.device("meta")`, without any."""
     make: Any = _class_for(config).from_config

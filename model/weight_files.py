@@ -46,8 +46,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to a `.safetensors` file, whole or not at all; tied ones are written apart."""
     temporary = path.with_name(f"{path.name}.part")
-    own = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
-    save_file(own, temporary, metadata={"format": "pt"})
+    save_file(_apart(weights), temporary, metadata={"format": "pt"})
     temporary.replace(path)
 
 
@@ -61,7 +60,8 @@ def load_strictly(
 ) -> None:
     """Load weights under the model's own names; nothing is loaded unless everything fits.
 
-    Parameters that are tied count as present when one of their names is. `may_lack` allows names to
+    Parameters that are tied count as present when one of their names is; what a file holds under
+    several of them has to be equal. `may_lack` allows names to
     be missing. With `resizes_positions` the image encoder's position embeddings are interpolated to
     its resolution. Raises CheckpointError that lists what is missing, unexpected (with what it may
     have been meant for) or misshapen (with both shapes). A model on the meta device is only
@@ -79,6 +79,7 @@ def load_strictly(
         for name in sorted(wanted.keys() & found.keys())
         if found[name].shape != wanted[name].shape
     ]
+    misshapen += _torn_apart(model, found)
     if missing or unexpected or misshapen:
         raise CheckpointError(_report(source, missing, unexpected, misshapen))
     if not any(tensor.is_meta for tensor in wanted.values()):
@@ -155,6 +156,18 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of which no two share memory; the first of those that did keeps it."""
+    taken: set[int] = set()
+    apart = {}
+    for name, tensor in weights.items():
+        plain = tensor.detach().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        apart[name] = plain.clone() if storage in taken else plain
+        taken.add(storage)
+    return apart
+
+
 def _with_resized_positions(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
     name = "image_encoder.positions"
     if name not in found:
@@ -175,6 +188,19 @@ def _tied(model: nn.Module, names: Iterable[str]) -> set[str]:
     return {name for name, parameter in parameters.items() if id(parameter) in given}
 
 
+def _torn_apart(model: nn.Module, found: Mapping[str, Tensor]) -> list[str]:
+    """Describe tensors that differ although they would become one parameter."""
+    first: dict[int, str] = {}
+    problems = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in found:
+            continue
+        other = first.setdefault(id(parameter), name)
+        if not torch.equal(found[name], found[other]):
+            problems.append(f"{name} differs from {other}, but the model ties them")
+    return problems
+
+
 def _report(source: str, missing: set[str], unexpected: set[str], misshapen: list[str]) -> str:
     lines = [f"{source} do not fit the model; nothing was loaded"]
     if missing:
@@ -185,7 +211,7 @@ def _report(source: str, missing: set[str], unexpected: set[str], misshapen: lis
             near = get_close_matches(group.split(" (")[0], _grouped(missing), n=1, cutoff=0.8)
             lines.append(f"{group}; did you mean {near[0]}?" if near else group)
     if misshapen:
-        lines += ["of another shape:", *misshapen[:_SHOWN]]
+        lines += ["of another kind:", *misshapen[:_SHOWN]]
         lines += [f"and {len(misshapen) - _SHOWN} more"] * (len(misshapen) > _SHOWN)
     return "\n  ".join(lines)
 

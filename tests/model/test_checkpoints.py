@@ -339,6 +339,37 @@ def test_transformers_loads_our_stage_2_with_its_logits(llm, tmp_path):
     equal_states(load_stage2(tmp_path), ours)
 
 
+def test_tied_weights_are_written_once(tmp_path):
+    ours = our_model(t5_config())
+    save_stage2(ours, tmp_path, image_token_id=IMAGE_TOKEN)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    embeddings = [name for name in names if "shared" in name or "embed_tokens" in name]
+    assert embeddings == ["language_model.shared.weight"]
+    assert "language_model.lm_head.weight" not in names
+    equal_states(load_stage2(tmp_path), ours)
+
+
+def test_a_head_that_is_not_the_embedding_stays_its_own(tmp_path):  # FlanT5
+    ours = our_model(t5_config())
+    ours.llm.untie_head()
+    shake(ours)
+    ours.ln_vision.eps = 1e-6
+    assert not torch.equal(ours.llm.model.lm_head.weight, ours.llm.model.shared.weight)
+    save_stage2(ours, tmp_path, image_token_id=IMAGE_TOKEN)
+    again = load_stage2(tmp_path)
+    equal_states(again, ours)
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    stage2_models_agree(again, theirs, is_t5=True)
+
+
+def test_tensors_that_differ_cannot_become_one():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2, bias=False)})
+    model["b"] = model["a"]
+    weights = {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2)}
+    with pytest.raises(CheckpointError, match=r"b.weight differs from a.weight, but the model"):
+        load_strictly(model, weights)
+
+
 def test_stage_2_needs_an_image_token_that_the_llm_has(tmp_path):
     for token in (None, 320):
         with pytest.raises(ValueError, match=f"image_token_id is {token}"):
@@ -454,7 +485,7 @@ def test_a_report_lists_missing_unexpected_and_misshapen_and_loads_nothing():  #
     assert str(error.value) == (
         "a.pth do not fit the model; nothing was loaded\n  missing:\n  1.weight\n"
         "  unexpected:\n  1.weights; did you mean 1.weight?\n"
-        "  of another shape:\n  1.bias is (3,), the model has (2,)"
+        "  of another kind:\n  1.bias is (3,), the model has (2,)"
     )
     assert torch.equal(model[0].weight, before)
 
@@ -487,7 +518,7 @@ class Bomb:
 def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path):
     trace = tmp_path / "it ran"
     for content in ({"model": Bomb(trace)}, Bomb(trace)):
-        (tmp_path / "a.pth").write_bytes(pickle.dumps(content))
+        (tmp_path / "a.pth").write_bytes(pickle.dumps(content, protocol=2))
         torch.save(content, tmp_path / "b.pth")
         for name in ("a.pth", "b.pth"):
             with pytest.raises(CheckpointError, match="cannot be read as plain tensors"):
