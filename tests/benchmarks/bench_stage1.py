@@ -280,7 +280,7 @@ def cpu_memory(side: str, args: argparse.Namespace) -> float:
     if not Path("/proc/self/clear_refs").exists():
         return math.nan
     options = ["--batch", args.batch, "--layers", args.layers, "--dropout", args.dropout]
-    options += ["--threads", torch.get_num_threads()]
+    options += ["--threads", args.threads]
     command = [sys.executable, __file__, "--device", "cpu", "--memory-of", side, *map(str, options)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(json.loads(output.splitlines()[-1])["mib"])
@@ -361,7 +361,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="100 with CUDA, else 4")
     parser.add_argument("--repeats", type=int, help="20 with CUDA, else 5")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--threads", type=int, help="of the CPU; all by default")
+    parser.add_argument("--threads", type=int, default=1, help="on a busy machine, one is steadier")
     parser.add_argument("--parts", action="store_true", help="time each part (always with CUDA)")
     parser.add_argument("--no-compile", action="store_true", help="with CUDA, run eagerly")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU")
@@ -390,8 +390,7 @@ def print_mfu(args: argparse.Namespace, step_seconds: float) -> None:
 def main() -> None:
     """Compare and print a table; the last line is JSON."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     if args.memory_of:
         report_memory(args)
         return
@@ -401,7 +400,7 @@ def main() -> None:
     on_cuda = args.device == "cuda"
     memory = {s: cuda_memory(steps[s]) if on_cuda else cpu_memory(s, args) for s in steps}
     print(f"stage-1 step, {args.device}, {args.layers} layers, batch {args.batch}, "
-          f"{torch.get_num_threads()} threads, dropout {args.dropout}")  # fmt: skip
+          f"{args.threads} threads, dropout {args.dropout}")  # fmt: skip
     print(f"{'':6}{'s/step':>10}{'samples/s':>12}{'peak MiB':>12}")
     for side, each in taken.items():
         print(f"{side:6}{each:10.3f}{args.batch / each:12.2f}{memory[side]:12.0f}")
