@@ -27,9 +27,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipeline.commit import ShardWriter
 from pipeline.corpus import Corpus
@@ -49,15 +49,16 @@ from pipeline.web.config import Blocklist
 
 STAGE = "raw"
 Rows = Iterable[SourceRow | MalformedRow]
+_PACE = ("num_threads", "num_decoders", "max_rows_ahead", "max_waiting_bytes")
 _ROWS_PER_GROUP = 1000  # of the ledger; what is held of it in memory
 
 
-class DownloadConfig(BaseModel):
-    """How rows become raw shards; how the web is treated is `FetchConfig`'s."""
+class DownloadConfig(ImageConfig):
+    """How rows become raw shards, and their images what they are to be.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    How the web is treated is `FetchConfig`'s.
+    """
 
-    images: ImageConfig = ImageConfig()
     rows_per_shard: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     num_threads: Annotated[int, Field(ge=1, le=1024)] = 32
     """Rows in flight per process; most of them wait for the web."""
@@ -69,6 +70,13 @@ class DownloadConfig(BaseModel):
     """Of samples that wait for their turn in memory; beyond it they wait on disk."""
     max_local_bytes: Annotated[int, Field(ge=1)] = 100 * 2**20
     """The largest image that is read from disk; the web's are capped by `FetchConfig`."""
+
+    def content(self) -> dict[str, Any]:
+        """Return the settings that decide what shards hold, for their fingerprint.
+
+        The others decide speed and memory alone, and may differ from machine to machine.
+        """
+        return self.model_dump(mode="json", exclude=set(_PACE))
 
 
 def _ignore(result: RowResult) -> None:
@@ -199,7 +207,7 @@ class Downloader:
             WaitingRoom(f"{folder}/waiting", config.max_waiting_bytes) as room,
         ):
             visitor = RowVisitor(
-                config.images,
+                config,
                 self._fetcher.fetch,
                 local_images,
                 num_decoders=config.num_decoders,
@@ -209,7 +217,7 @@ class Downloader:
             yield from crew.work(steps, self._watch.on_row)
 
     def _image_bytes(self, members: Mapping[str, bytes] | None) -> int:
-        return len(members[self._config.images.encode_format]) if members else 0
+        return len(members[self._config.encode_format]) if members else 0
 
 
 class _ShardFiles:

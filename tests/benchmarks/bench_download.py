@@ -85,9 +85,7 @@ def run_ours(url_list: Path, out: Path, authority: Path | None, _: int) -> None:
     from pipeline.web.config import FetchConfig
 
     source = SourceConfig(name="bench", format="table", paths=(str(url_list),))
-    config = DownloadConfig(
-        images={"image_size_px": SIZE_PX, "encode_quality": QUALITY}, num_threads=NUM_THREADS
-    )
+    config = DownloadConfig(image_size_px=SIZE_PX, encode_quality=QUALITY, num_threads=NUM_THREADS)
     web = FetchConfig(
         allowed_networks=("127.0.0.1/32",),
         allowed_ports="any",

@@ -121,7 +121,7 @@ def fetch_config(**changes):
 
 def download_config(**changes):
     fields = {
-        "images": {"image_size_px": 48},
+        "image_size_px": 48,
         "rows_per_shard": ROWS_PER_SHARD,
         "num_threads": NUM_THREADS,
     }

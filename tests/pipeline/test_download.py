@@ -234,8 +234,7 @@ def test_images_on_the_blocklist_are_dropped_by_their_bytes(web, fetcher, corpus
 
 
 def test_rules_drop_rows_that_faults_would_fail(web, fetcher, corpus):
-    images = {"image_size_px": 48, "min_side_px": 100}
-    done = downloader(corpus, fetcher, images=images).download(SOURCE, 0, rows_of(web, [0, 3]))
+    done = downloader(corpus, fetcher, min_side_px=100).download(SOURCE, 0, rows_of(web, [0, 3]))
     assert done.record.counts.dropped == {"image_too_small": 1}
     assert done.record.counts.failed == {"not_found": 1}
     row = ledger_of(corpus, done.record)[0]
@@ -292,6 +291,15 @@ def test_threads_and_a_moody_server_do_not_change_a_byte(web, fetcher, tmp_path)
         seen.append(files_of(corpus))
     assert len(seen[0]) == 3
     assert all(files == seen[0] for files in seen[1:])
+
+
+def test_settings_of_pace_are_not_part_of_the_fingerprint():
+    usual = jobs.download_config()
+    paced = jobs.download_config(
+        num_threads=1, num_decoders=9, max_rows_ahead=3, max_waiting_bytes=0
+    )
+    assert paced.content() == usual.content()
+    assert jobs.download_config(image_size_px=49).content() != usual.content()
 
 
 def test_the_whole_shard_overtakes_a_slow_first_row(web, fetcher, corpus):
@@ -352,7 +360,7 @@ from pipeline.fetch import Fetcher
 
 root, base_url, num_rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
 config = jobs.download_config(
-    images={"resize_mode": "no", "is_original_kept": True},
+    resize_mode="no", is_original_kept=True,
     rows_per_shard=10_000, num_threads=16, max_waiting_bytes=8 * 2**20,
 )
 with Fetcher(jobs.fetch_config(timeout_seconds=200, total_seconds=300)) as fetcher:
@@ -509,7 +517,7 @@ def test_retry_copies_what_succeeded_byte_for_byte(web, fetcher, corpus):
     old_samples, old_rows = samples_of(corpus, before), ledger_of(corpus, before)
     web.answer = healed
     # Whatever the settings are by now, what was kept is not made again.
-    after = downloader(corpus, fetcher, images={"image_size_px": 32}).retry(before, rows).record
+    after = downloader(corpus, fetcher, image_size_px=32).retry(before, rows).record
     new_samples, new_rows = samples_of(corpus, after), ledger_of(corpus, after)
     assert {key: new_samples[key] for key in old_samples} == old_samples
     assert len(new_samples) == len(old_samples) + 6
@@ -652,10 +660,9 @@ def test_of_a_web_whose_truth_is_known_every_row_ends_as_it_should(tmp_path, cor
     source = SourceConfig(name=SOURCE, format="laion400m", paths=(str(web.lists.laion),))
     policy = {"max_attempts": 2, "base_delay_seconds": 0.0, "max_retry_after_seconds": 1.0}
     limits = {"timeout_seconds": 2.0, "is_robots_txt_honoured": True, "retry": policy}
-    images = {"min_side_px": 64, "max_aspect": 3.0}
     serving = web.serve(ServerConfig(retry_after_seconds=1))
     with serving, Fetcher(jobs.fetch_config(**limits)) as fetcher:
-        make = downloader(corpus, fetcher, images=images, rows_per_shard=500)
+        make = downloader(corpus, fetcher, min_side_px=64, max_aspect=3.0, rows_per_shard=500)
         (plan,) = plan_shards(source, records_per_shard=500)
         done = make.download(SOURCE, 0, read_shard(source, plan))
     truth = web.truth()
