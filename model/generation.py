@@ -220,8 +220,8 @@ def constrained(scores: Tensor, ids: Tensor, config: DecodingConfig, *, may_end:
         penalty = config.repetition_penalty
         scores = scores.scatter(1, ids, torch.where(said < 0, said * penalty, said / penalty))
     if not may_end:
-        end = torch.tensor([config.end_id], device=scores.device)
-        scores = scores.index_fill(1, end, -torch.inf)
+        scores = scores.clone()
+        scores[:, config.end_id] = -torch.inf
     return scores
 
 

@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from model.losses import IGNORED
 
@@ -99,6 +99,13 @@ class LlmTokenizer:
         # Padding is masked wherever it stands, so a tokenizer without such a token will do.
         pad = tokenizer.pad_token_id
         return cls(tokenizer, start, stop, stop if pad is None else pad)
+
+    @classmethod
+    def for_llm(cls, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Self:
+        """Read the ids off the tokenizer of the LLM with this configuration, as BLIP-2 uses it."""
+        if config.is_encoder_decoder:
+            return cls.for_encoder_decoder(tokenizer)
+        return cls.for_causal(tokenizer, has_bos=True if config.model_type == "opt" else None)
 
     @classmethod
     def for_encoder_decoder(cls, tokenizer: PreTrainedTokenizerBase) -> Self:

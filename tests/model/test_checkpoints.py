@@ -199,7 +199,7 @@ def test_transformers_loads_our_filter_with_its_scores(tmp_path):
         (lambda: MedFilter(TINY_VIT, NO_DROPOUT, joint_width=16), FILTER_BLIP),
     ],
 )
-def test_med_returns_unchanged_from_a_file_of_blip(build, format, tmp_path):
+def test_13_med_returns_unchanged_from_a_file_of_blip(build, format, tmp_path):
     model, again = shake(build()), build()
     lavis_files.save_med(model, tmp_path / "blip.safetensors", format)
     torch.save({"model": load_file(tmp_path / "blip.safetensors")}, tmp_path / "blip.pth")
@@ -270,7 +270,7 @@ def test_stage_1_of_transformers_gives_its_scores(tmp_path):
     assert load_stage1(tmp_path, ln_vision_eps=1e-5).ln_vision.eps == 1e-5
 
 
-def test_transformers_loads_our_stage_1_and_the_rest_comes_back_from_beside(tmp_path):
+def test_13_transformers_loads_our_stage_1_and_the_rest_comes_back_from_beside(tmp_path):
     ours = our_stage1()
     save_stage1(ours, tmp_path)
     theirs, report = Blip2ForImageTextRetrieval.from_pretrained(tmp_path, output_loading_info=True)
@@ -284,7 +284,7 @@ def test_transformers_loads_our_stage_1_and_the_rest_comes_back_from_beside(tmp_
     assert again.config == ours.config
 
 
-def test_ln_vision_deviates_in_transformers_by_its_eps_and_not_in_ours(tmp_path):  # D29
+def test_d29_ln_vision_deviates_in_transformers_by_its_eps_and_not_in_ours(tmp_path):
     ours = our_stage1()
     ours.ln_vision.eps = 1e-5
     save_stage1(ours, tmp_path)
@@ -398,7 +398,7 @@ def test_a_saved_folder_forgets_what_stood_beside_another_model(tmp_path):
 
 @pytest.mark.parametrize("with_frozen", [True, False])
 @pytest.mark.parametrize("vision", [VISION, CLIP], ids=["eva", "clip"])
-def test_stage_1_returns_unchanged_from_a_file_of_lavis(vision, with_frozen, tmp_path):
+def test_13_stage_1_returns_unchanged_from_a_file_of_lavis(vision, with_frozen, tmp_path):
     ours, again = our_stage1(vision), our_stage1(vision, seed=1)
     lavis_files.save_stage1(ours, tmp_path / "a.safetensors", with_frozen=with_frozen)
     theirs = load_file(tmp_path / "a.safetensors")
@@ -414,7 +414,7 @@ def test_stage_1_returns_unchanged_from_a_file_of_lavis(vision, with_frozen, tmp
 
 
 @pytest.mark.parametrize("llm", [opt_config, t5_config], ids=["opt", "t5"])
-def test_stage_2_returns_unchanged_from_a_file_of_what_learned(llm, tmp_path):
+def test_13_stage_2_returns_unchanged_from_a_file_of_what_learned(llm, tmp_path):
     ours = shake(our_model(llm()))
     lavis_files.save_stage2(ours, tmp_path / "a.safetensors")
     theirs = load_file(tmp_path / "a.safetensors")
@@ -475,7 +475,7 @@ def test_positions_are_interpolated_only_when_asked(tmp_path):
 # --- Errors and hostile files ---------------------------------------------------------------------
 
 
-def test_a_report_lists_missing_unexpected_and_misshapen_and_loads_nothing():  # D15
+def test_d15_a_report_lists_missing_unexpected_and_misshapen_and_loads_nothing():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     before = model[0].weight.clone()
     weights = dict(model.state_dict(), **{"0.weight": torch.ones(2, 2), "1.bias": torch.ones(3)})
@@ -595,7 +595,7 @@ def test_a_config_of_another_model_or_of_absurd_size_is_refused(their_captioner,
         load_captioner(tmp_path)
 
 
-def test_new_queries_and_towers_are_not_transformers_zeros():  # D30
+def test_d30_new_queries_and_towers_are_not_transformers_zeros():
     model = our_model(opt_config())
     assert model.qformer.query_tokens.std() > 0.01
     assert model.image_encoder.patches.weight.std() > 0.01

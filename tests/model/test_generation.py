@@ -111,7 +111,7 @@ def test_med_greedy_captions_equal_the_reference(captioner, med_arrays, name, en
 
 
 @pytest.mark.parametrize(("name", "end"), [("gen", 3), ("gen_eos2", 70)])
-def test_med_beam_captions_equal_the_reference(captioner, med_arrays, name, end):
+def test_d21_med_beams_are_expanded_once_and_equal_the_reference(captioner, med_arrays, name, end):
     config = BeamConfig(end_id=end, max_length=12, score_length_counts_prompt=True)
     found = beam_search(*begun_med(captioner), config)
     assert torch.equal(found.ids, med_arrays[f"{name}_beam3_ids"])
@@ -357,7 +357,7 @@ def test_a_certain_nucleus_is_greedy(captioner):
 # --- Configuration --------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers():  # D20: every option is explicit
+def test_d20_defaults_are_the_papers():
     config = NucleusConfig()
     assert (config.top_p, config.temperature, config.top_k) == (0.9, 1.0, None)
     assert (config.min_length, config.max_length, config.counts_prompt) == (5, 20, True)

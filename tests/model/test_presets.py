@@ -60,7 +60,7 @@ def test_med_has_the_papers_sizes_and_is_built_in_seconds(name, captioner):
     assert timed(preset.filter)[0].image_encoder.config.image_size == 384
 
 
-def test_the_papers_hyper_parameters_stand_beside_the_sizes():  # D13
+def test_d13_the_papers_hyper_parameters_stand_beside_the_sizes():
     preset = BLIP2_PRESETS["blip2-flan-t5-xl"]
     first, second = preset.stage1_training, preset.stage2_training
     assert (first.num_steps, second.num_steps) == (250_000, 80_000)

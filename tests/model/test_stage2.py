@@ -61,7 +61,7 @@ def unigram():
 # --- Label layouts (Sec. 3.3) ---------------------------------------------------------------------
 
 
-def test_opt_learns_bos_caption_and_newline(bpe):
+def test_11_opt_learns_bos_caption_and_newline(bpe):
     batch = causal_text(bpe, ["a cat", "two birds on the grass"])
     first, second = bpe.ids("a cat"), bpe.ids("two birds on the grass")
     padding = len(second) - len(first)
@@ -77,7 +77,7 @@ def test_opt_learns_bos_caption_and_newline(bpe):
     assert batch.text.is_real.sum(dim=1).tolist() == [len(first) + 2, len(second) + 2]
 
 
-def test_a_prompt_and_the_bos_before_it_are_no_targets(bpe):
+def test_11_a_prompt_and_the_bos_before_it_are_no_targets(bpe):
     batch = causal_text(bpe, ["a cat"], prompts="a photo of")
     prompt_length = 1 + len(bpe.ids("a photo of"))
     whole = [2, *bpe.ids("a photo of a cat"), NEWLINE]
@@ -85,14 +85,14 @@ def test_a_prompt_and_the_bos_before_it_are_no_targets(bpe):
     assert batch.targets.tolist() == [[IGNORED] * prompt_length + whole[prompt_length:]]
 
 
-def test_each_question_is_masked_by_its_own_length(bpe):  # D18
+def test_d18_each_question_is_masked_by_its_own_length(bpe):
     prompts = ["Question: a cat", "Question: two red birds on the grass"]
     batch = causal_text(bpe, ["a dog", "two"], prompts=prompts)
     counted = (batch.targets != IGNORED).sum(dim=1).tolist()
     assert counted == [len(bpe.ids(" a dog")) + 1, len(bpe.ids(" two")) + 1]
 
 
-def test_truncation_never_takes_the_newline(bpe):  # D19
+def test_d19_truncation_never_takes_the_newline(bpe):
     batch = causal_text(bpe, ["a cat on the grass " * 9], max_length=12)
     assert batch.text.token_ids.shape == (1, 12)
     assert batch.text.token_ids[0, -1] == NEWLINE == batch.targets[0, -1]
@@ -103,7 +103,7 @@ def test_the_newline_is_the_token_that_follows_a_caption(bpe):
     assert bpe.ids(caption + "\n") == [*bpe.ids(caption), NEWLINE]
 
 
-def test_t5_reads_a_prefix_and_learns_the_suffix_each_with_its_end(unigram):
+def test_11_t5_reads_a_prefix_and_learns_the_suffix_each_with_its_end(unigram):
     batch = prefix_text(unigram, ["a photo", "two red"], ["of a cat", "birds"])
     ends = [*unigram.ids("birds"), 1]
     first = [*unigram.ids("of a cat"), 1]
@@ -140,7 +140,7 @@ def test_splits_are_uniform_and_repeat_for_the_same_sample():
     assert split_caption(caption, seed=1, key="k") == split_caption(caption, seed=1, key="k")
 
 
-def test_prompts_to_generate_from_are_padded_on_the_left_whatever_came_before(bpe, unigram):  # D19
+def test_d19_prompts_to_generate_from_are_padded_on_the_left_whatever_came_before(bpe, unigram):
     causal_text(bpe, ["a cat", "a red dog"])
     batch = prompt_text(bpe, ["", "a photo of"], is_encoder_decoder=False)
     prompt = [2, *bpe.ids("a photo of")]
@@ -151,7 +151,7 @@ def test_prompts_to_generate_from_are_padded_on_the_left_whatever_came_before(bp
     assert read.token_ids[:, -1].tolist() == [1, 1]
 
 
-def test_one_prompt_alone_where_a_list_is_asked_for_is_refused(bpe):  # D19: never nested
+def test_d19_one_prompt_alone_where_a_list_is_asked_for_is_refused(bpe):
     with pytest.raises(ValueError, match="a list of texts was expected"):
         prompt_text(bpe, "a photo of", is_encoder_decoder=False)
     with pytest.raises(ValueError, match="1 prompts for 2 texts"):
@@ -172,6 +172,20 @@ def test_bos_is_what_the_tokenizer_puts_there_or_what_is_asked_for():
     assert LlmTokenizer.for_causal(bare).start_ids == ()
     assert LlmTokenizer.for_causal(bare, has_bos=True).start_ids == (2,)
     assert LlmTokenizer.for_causal(gpt2_style(), has_bos=False).start_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "make", "expected"),
+    [
+        (opt_config, lambda: gpt2_style(adds_bos=False), ((2,), NEWLINE)),
+        (qwen_config, lambda: gpt2_style(adds_bos=False), ((), NEWLINE)),
+        (t5_config, t5_style, ((), 1)),
+    ],
+    ids=["opt", "qwen2", "t5"],
+)
+def test_each_kind_of_llm_gets_the_ids_it_was_trained_with(config, make, expected):
+    tokenizer = LlmTokenizer.for_llm(make(), config())
+    assert (tokenizer.start_ids, tokenizer.stop_id) == expected
 
 
 def test_the_stop_is_a_newline_or_the_end_token():
@@ -308,7 +322,7 @@ def test_the_llms_dropout_is_a_choice_that_survives_train(bpe, has_dropout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [opt_config, t5_config], ids=["opt", "t5"])
-def test_a_half_precision_llm_leaves_what_learns_in_float32(config, dtype, bpe, unigram):  # D17
+def test_d17_a_half_precision_llm_leaves_what_learns_in_float32(config, dtype, bpe, unigram):
     full = shake(our_model(config()), std=0.1)
     model = our_model(config(), dtype=dtype)
     model.load_state_dict(full.state_dict())
@@ -337,7 +351,7 @@ def test_flan_t5_gets_the_exact_gelu_and_its_config_says_so():
     assert theirs.model.config.dense_act_fn == "gelu"
 
 
-def test_what_a_models_generation_config_says_is_not_used(bpe):  # D20
+def test_d20_what_a_models_generation_config_says_is_not_used(bpe):
     prefix, ids = torch.randn(2, 3, 32), torch.tensor([[4, 5], [6, 7]])
     llm = build_llm(opt_config()).model
     plain = FrozenLlm(llm).eval()
@@ -349,7 +363,7 @@ def test_what_a_models_generation_config_says_is_not_used(bpe):  # D20
     assert torch.equal(expected, again)
 
 
-def test_new_tokens_are_counted_without_queries_and_prompt():  # D19
+def test_d19_new_tokens_are_counted_without_queries_and_prompt():
     llm = build_llm(opt_config()).eval()
     for length in (1, 6):
         ids = torch.full((2, length), 5)
@@ -401,7 +415,7 @@ def test_the_wrong_kind_of_text_is_refused(bpe, unigram):
         our_model(t5_config())(pixels(1), causal_text(bpe, ["a cat"]))
 
 
-def test_candidates_rank_alike_alone_and_beside_longer_ones(bpe):  # D28
+def test_d28_candidates_rank_alike_alone_and_beside_longer_ones(bpe):
     model = shake(our_model(opt_config()))
     alone = model.log_likelihoods(pixels(1), causal_text(bpe, ["a cat"]))
     texts = causal_text(bpe, ["a cat", "two red birds on the grass"])
@@ -429,7 +443,7 @@ def test_stage_2_starts_from_what_stage_1_learned():
     assert torch.equal(model.image_encoder.positions, tower)
 
 
-def test_a_stage_1_file_without_the_query_ffn_is_refused_by_name():  # D15
+def test_d15_a_stage_1_file_without_the_query_ffn_is_refused_by_name():
     weights = stage1_weights()
     weights.pop("qformer.layers.1.query_ffn.up.weight")
     weights["qformer.surprise"] = torch.zeros(1)
