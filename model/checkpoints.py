@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Blip2Config, BlipConfig, PreTrainedConfig
 
 from model.capfilt import MedCaptioner, MedFilter
-from model.llm import FrozenLlm, build_llm
+from model.llm import build_llm
 from model.names.blip import (
     CAPTIONER_TRANSFORMERS,
     FILTER_TRANSFORMERS,
@@ -157,8 +157,7 @@ def load_stage2(
 
     def build() -> Stage2:
         llm = build_llm(llm_config, dtype=llm_dtype, has_dropout=has_dropout)
-        if _has_own_head(llm, weights):
-            llm.untie_head()
+        llm.untie_head_of({n.removeprefix("llm."): t for n, t in weights.items()})
         tower = FrozenImageEncoder(vision, dtype=image_dtype)
         return Stage2(Stage2Config(qformer=qformer), tower, llm)
 
@@ -258,17 +257,6 @@ def _write_folder(
         write_weights(aside, folder / OURS_ALONE)
     config.dtype = "float32"  # else transformers takes that of the first tensor for all
     config.save_pretrained(folder)
-
-
-def _has_own_head(llm: FrozenLlm, weights: Mapping[str, Tensor]) -> bool:
-    """Say whether the head's weights are there and differ from the word embeddings', as FlanT5's.
-
-    Configurations do not tell: transformers goes by the weights too.
-    """
-    head = llm.model.get_output_embeddings().weight
-    names = [name for name, p in llm.named_parameters(remove_duplicate=False) if p is head]
-    tied = [weights[f"llm.{name}"] for name in names if f"llm.{name}" in weights]
-    return any(not torch.equal(tied[0], other) for other in tied[1:])
 
 
 def _ln_vision_eps(config: Blip2Config, asked: float | None) -> float:

@@ -101,7 +101,9 @@ class NucleusConfig(DecodingConfig):
 
     top_p: float = 0.9  # sample among the likeliest tokens that together reach this probability
     temperature: float = 1.0
-    top_k: int | None = None  # sample among at most so many tokens
+    # Sample among at most so many tokens. The paper names top_p alone; BLIP's code left this to
+    # transformers, whose default then was 50.
+    top_k: int | None = None
     repetition_penalty: float = 1.1
 
     def __post_init__(self) -> None:

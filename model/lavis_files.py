@@ -87,6 +87,7 @@ def load_stage2(model: Stage2, path: Path, *, resizes_positions: bool = False) -
     theirs = without(read_weights(path), {**CONSTANTS, **OF_STAGE_1})
     table = STAGE2_LAVIS[_kind_of_llm(model)]
     weights = with_tower_to_ours(theirs, table, _tower_format(model), "visual_encoder.")
+    model.llm.untie_head_of({name.removeprefix("llm."): t for name, t in weights.items()})
     _load(model, weights, path, resizes_positions)
 
 

@@ -7,6 +7,7 @@ Dims: B batch, Q query tokens, T text tokens, S suffix tokens, W width of the LL
 """
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -106,6 +107,17 @@ class FrozenLlm(nn.Module):
         """
         head = self.model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+
+    def untie_head_of(self, weights: Mapping[str, Tensor]) -> None:
+        """Call `untie_head` if `weights`, under this module's names, have a head of its own.
+
+        That is, one that differs from the word embeddings; transformers too goes by the weights.
+        """
+        head = self.model.get_output_embeddings().weight
+        tied = [name for name, p in self.named_parameters(remove_duplicate=False) if p is head]
+        found = [weights[name] for name in tied if name in weights]
+        if any(not torch.equal(found[0], other) for other in found[1:]):
+            self.untie_head()
 
     def causal_logits(self, prefix: Tensor, token_ids: Tensor, text_is_real: Tensor) -> Tensor:
         """Return what a decoder-only model predicts for each text token: (B, T, V) logits.

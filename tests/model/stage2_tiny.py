@@ -2,7 +2,6 @@
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import nn
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -171,10 +170,3 @@ def t5_style(**specials):
     )
     names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | specials
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-class FixedImages(nn.Module):
-    """Stands for an image encoder: hands on what it is given."""
-
-    def forward(self, states):
-        return states

@@ -17,6 +17,7 @@ from stage2_tiny import (
     opt_config,
     our_model,
     pixels,
+    qwen_config,
     shake,
     t5_config,
     their_model,
@@ -318,7 +319,7 @@ def stage2_models_agree(ours, theirs, is_t5):
     assert_close(logits, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("llm", [opt_config, t5_config], ids=["opt", "t5"])
+@pytest.mark.parametrize("llm", [opt_config, t5_config, qwen_config], ids=["opt", "t5", "qwen2"])
 def test_stage_2_of_transformers_gives_its_logits(llm, tmp_path):
     theirs = their_model(llm())
     theirs.vision_model.post_layernorm.eps = 1e-6
@@ -326,7 +327,7 @@ def test_stage_2_of_transformers_gives_its_logits(llm, tmp_path):
     stage2_models_agree(load_stage2(tmp_path), theirs, llm is t5_config)
 
 
-@pytest.mark.parametrize("llm", [opt_config, t5_config], ids=["opt", "t5"])
+@pytest.mark.parametrize("llm", [opt_config, t5_config, qwen_config], ids=["opt", "t5", "qwen2"])
 def test_transformers_loads_our_stage_2_with_its_logits(llm, tmp_path):
     ours = shake(our_model(llm()))
     ours.ln_vision.eps = 1e-6
@@ -410,6 +411,17 @@ def test_13_stage_1_returns_unchanged_from_a_file_of_lavis(vision, with_frozen, 
     if not with_frozen:
         again.image_encoder.load_state_dict(ours.image_encoder.state_dict())
     lavis_files.load_stage1(again, tmp_path / "a.pth")
+    equal_states(again, ours)
+
+
+@pytest.mark.parametrize("llm", [opt_config, t5_config], ids=["opt", "t5"])
+def test_13_stage_2_returns_unchanged_from_a_whole_file_of_lavis(llm, tmp_path):
+    ours = our_model(llm())
+    if llm is t5_config:
+        ours.llm.untie_head()  # as FlanT5's
+    lavis_files.save_stage2(shake(ours), tmp_path / "a.safetensors", with_frozen=True)
+    again = our_model(llm())
+    lavis_files.load_stage2(again, tmp_path / "a.safetensors")
     equal_states(again, ours)
 
 
