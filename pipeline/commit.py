@@ -104,17 +104,29 @@ class ShardWriter:
         if replaced is not None:
             # So that nobody who is late settles it over this one.
             settle(self._store, replaced)
-        for suffix in record.files:
+        staged = [suffix for suffix in record.files if not self._is_there(record, suffix)]
+        for suffix in staged:
             self._stage(record, suffix)
         current = publish(self._store, record, replaced)
         if current != record:
             self._withdraw(record, current)
         unsettled = settle(self._store, current)
         if current == record:
-            self._make_sure(record, unsettled)
+            self._make_sure(record, [suffix for suffix in unsettled if suffix in staged])
             for suffix in replaced.files.keys() - record.files.keys() if replaced else ():
                 self._store.remove(_final(record, suffix))
         return current
+
+    def _is_there(self, record: ShardRecord, suffix: str) -> bool:
+        """Say whether the shard to replace has the same file already, and undamaged.
+
+        Its staging name is then left alone: readers would prefer it to the final one even while it
+        is being written, where a filesystem does that in steps.
+        """
+        replaced, file = self._making.replace, record.files[suffix]
+        if replaced is None or replaced.files.get(suffix) != file:
+            return False
+        return self._store.sha256(_final(record, suffix)) == file.sha256
 
     def _stage(self, record: ShardRecord, suffix: str) -> None:
         self._store.upload(self._paths[suffix], staging_path(record, suffix))
@@ -158,10 +170,16 @@ def _final(record: ShardRecord, suffix: str) -> str:
     return f"{record.stage}/{record.source}/{final_name(record.index, suffix)}"
 
 
-def paths(record: ShardRecord, suffix: str) -> tuple[str, str]:
-    """Return where a committed file may be, below the root: the first of these that exists."""
+def file_of(record: ShardRecord, suffix: str) -> FileRecord:
+    """Return what a shard's file holds. Raises ValueError if the shard has no such file."""
     if suffix not in record.files:
         raise ValueError(f"shard {record.name} has no {suffix}, only {', '.join(record.files)}")
+    return record.files[suffix]
+
+
+def paths(record: ShardRecord, suffix: str) -> tuple[str, str]:
+    """Return where a committed file may be, below the root: the first of these that exists."""
+    file_of(record, suffix)
     return staging_path(record, suffix), _final(record, suffix)
 
 

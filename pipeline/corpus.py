@@ -192,7 +192,7 @@ class Corpus:
 
         Checks its size but not its hash; `local_copy` checks both. Raises ShardError.
         """
-        expected = record.files[suffix].bytes if suffix in record.files else 0
+        expected = commit.file_of(record, suffix).bytes
         for path in commit.paths(record, suffix):
             try:
                 stream = self.store.open(path)
@@ -220,7 +220,7 @@ class Corpus:
 
         Raises ShardError. Safe to call from many processes for the same file.
         """
-        file = record.files[commit.paths(record, suffix) and suffix]
+        file = commit.file_of(record, suffix)
         name = f"{record.name.replace('/', '-')}.{file.sha256[:16]}.{suffix}"
         target = os.path.join(folder, name)
         if os.path.exists(target) and os.path.getsize(target) == file.bytes:
