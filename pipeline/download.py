@@ -63,7 +63,7 @@ class DownloadConfig(ImageConfig):
     num_threads: Annotated[int, Field(ge=1, le=1024)] = 32
     """Rows in flight per process; most of them wait for the web."""
     num_decoders: Annotated[int, Field(ge=1)] = 2
-    """Images decoded at a time per process; each may take eight bytes a pixel."""
+    """Images decoded at a time per process; see `max_pixels` for what each may take."""
     max_rows_ahead: Annotated[int, Field(ge=1)] = 8192
     """How far rows may run ahead of one that takes long."""
     max_waiting_bytes: Annotated[int, Field(ge=0)] = 64 * 2**20

@@ -185,22 +185,30 @@ def _decode_with_pillow(
                 )
             image.load()
             orientation = _exif_orientation(image.info.get("exif", b""))
-            flat = _flatten(image)
+            factor = max(1, min(image.width // min_width, image.height // min_height))
+            source = _reducible(image)
+            flat = _flatten(source.reduce(factor) if factor > 1 else source)
     except _PILLOW_ERRORS as error:
         raise bad_image(f"{type(error).__name__}: {error}") from error
-    factor = max(1, min(flat.width // min_width, flat.height // min_height))
-    small = flat.reduce(factor) if factor > 1 else flat
-    return Decoded(np.asarray(small), 1 / factor, orientation)
+    return Decoded(np.asarray(flat), 1 / factor, orientation)
+
+
+def _reducible(image: Image.Image) -> Image.Image:
+    """Return the image in a mode of 8 bits a channel whose pixels can be averaged."""
+    if image.mode.startswith("I"):  # 16 bits, in 16 or 32
+        pixels = np.asarray(image)
+        return Image.fromarray(np.clip(pixels >> 8, 0, 255).astype(np.uint8))
+    wanted = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Return the image as 8-bit RGB, what is transparent as white."""
-    if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, "white")
-        flat.paste(rgba, mask=rgba.getchannel("A"))
-        return flat
-    return image.convert("RGB")
+    """Return the image as RGB, what is transparent as white; made small first, as it costs less.
+
+    Pillow weighs colours with their alpha when it averages, so what is hidden does not bleed.
+    """
+    if image.mode != "RGBA":
+        return image if image.mode == "RGB" else image.convert("RGB")
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image.getchannel("A"))
+    return flat
