@@ -34,8 +34,8 @@ class BeamConfig(DecodingConfig):
     num_beams: int = 3
     length_penalty: float = 1.0  # above 0 long captions gain, below 0 they lose
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
-    # False: the new tokens and the end, as in transformers since 4.36. True: the prompt too, but
-    # not the end, as in the versions with which the papers' numbers were made.
+    # False: the new tokens and the end, as in transformers 5. True: the prompt too, but
+    # not the end, as in transformers 4.33 and before, with which the references decode.
     score_length_counts_prompt: bool = False
 
     def __post_init__(self) -> None:
