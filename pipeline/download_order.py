@@ -15,12 +15,13 @@ from typing import BinaryIO, Self
 from pipeline.download_row import RowResult
 from pipeline.sample import ShardError
 from pipeline.sources.rows import MalformedRow, SourceRow
+from pipeline.web.failures import FailureReason
 
 _POLL_SECONDS = 0.5  # how often a wait for the web looks whether it should stop
 
 
 class DownloadStoppedError(Exception):
-    """The download was asked to stop: nothing of the shard in hand was committed."""
+    """The download was asked to stop, or its fetcher closed: no shard was committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,5 +199,8 @@ class Crew:
         self._num_in_flight -= 1
         if isinstance(result, ShardError):
             raise result
+        if result.reason == FailureReason.CANCELLED:
+            # Says nothing about the row: it must not stand in a ledger.
+            raise DownloadStoppedError("the fetcher was closed")
         on_row(result)
         self._room.put(position, result)

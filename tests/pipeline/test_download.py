@@ -432,6 +432,14 @@ def test_a_request_to_stop_leaves_no_shard_and_no_debris(web, fetcher, corpus):
     assert downloader(corpus, fetcher).download(SOURCE, 0, rows_of(web, range(4))).is_new
 
 
+def test_a_fetcher_closed_meanwhile_ends_in_no_shard_rather_than_in_cancelled_rows(web, corpus):
+    with Fetcher(jobs.fetch_config()) as fetcher:
+        watch = Watch(on_row=lambda result: fetcher.close())
+        with pytest.raises(DownloadStoppedError, match="closed"):
+            downloader(corpus, fetcher, watch=watch).download(SOURCE, 0, rows_of(web, range(40)))
+    assert files_of(corpus) == {}
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_leaves_no_shard_and_no_debris(web, fetcher, corpus, interruption):
     def interrupt(result):
