@@ -144,9 +144,12 @@ class Corpus:
                 if record is not None:
                     folder.records[index] = record
 
+        if self.store.is_local:  # nothing to wait for, so threads only cost
+            for index in indexes:
+                read(index)
+            return folder
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            for _ in pool.map(read, indexes):
-                pass  # raises what a reader raised
+            list(pool.map(read, indexes))  # raises what a reader raised
         return folder
 
     def _read_marker(self, stage: str, source: str, index: int) -> ShardRecord | None:

@@ -80,7 +80,7 @@ class ShardRecord(BaseModel):
     fingerprint: str
     inputs: _Sha256 | None = None  # the sha256 of the upstream shard's record
     files: dict[str, FileRecord]
-    sha256: str = ""  # of all the above
+    sha256: str = ""  # of the marker's bytes as they are with this empty
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -100,24 +100,22 @@ class ShardRecord(BaseModel):
 
     def sealed(self) -> Self:
         """Return the record with its hash filled in."""
-        return self.model_copy(update={"sha256": self._hash()})
+        unsealed = self.model_copy(update={"sha256": ""}).to_bytes()
+        return self.model_copy(update={"sha256": hashlib.sha256(unsealed).hexdigest()})
 
     def to_bytes(self) -> bytes:
         """Return the content of the marker file."""
         return (canonical_json(self.model_dump(), indent=1) + "\n").encode()
-
-    def _hash(self) -> str:
-        content = canonical_json(self.model_dump(exclude={"sha256"}))
-        return hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Return the record a marker holds. Raises RecordError if a single byte is not right."""
         try:
             record = cls.model_validate(json.loads(data))
-            is_whole = record.sha256 == record._hash() and record.to_bytes() == data
         except (ValueError, RecursionError) as error:
             raise RecordError(f"not a marker: {' '.join(str(error).split())[:300]}") from error
-        if not is_whole:
+        # Hashing what was read, rather than writing it again, halves the time of listing a corpus.
+        unsealed = data.replace(record.sha256.encode(), b"")
+        if record.sha256 != hashlib.sha256(unsealed).hexdigest():
             raise RecordError("its own hash does not match its content")
         return record
