@@ -5,7 +5,7 @@ width, height, original_width, original_height, sha256) and ours.
 """
 
 import hashlib
-import threading
+import queue
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +120,10 @@ class RowVisitor:
         self._config = config
         self._fetch = fetch
         self._local_images = local_images
-        self._decoding = threading.BoundedSemaphore(num_decoders)
+        # Tokens in a queue: a semaphore of threading costs as much as reading a small image.
+        self._may_decode: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(num_decoders):
+            self._may_decode.put(None)
         self._blocked_sha256 = blocked_sha256
 
     def visit(self, key: str, row: SourceRow | MalformedRow) -> RowResult:
@@ -136,11 +139,17 @@ class RowVisitor:
             assert visit.body is not None, "without a reason there is a body"
             if visit.sha256 in self._blocked_sha256:
                 raise SampleError(BLOCKED_IMAGE, "its bytes are on the blocklist")
-            with self._decoding:
-                image = process_image(visit.body, self._config)
+            image = self._process(visit.body)
             return self._kept(key, row, visit, image)
         except SampleError as error:
             return _lost(key, row, visit, error)
+
+    def _process(self, body: bytes) -> ProcessedImage:
+        self._may_decode.get()
+        try:
+            return process_image(body, self._config)
+        finally:
+            self._may_decode.put(None)
 
     def _get(self, row: SourceRow) -> _Visit:
         if isinstance(row.location, HttpUrl):
