@@ -1,7 +1,7 @@
 """Typed recipes: YAML plus `--set a.b=c` become one frozen model, or an error to act on."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -42,9 +42,14 @@ class Recipe(BaseModel):
         default_factory=DownloadConfig, description="What becomes of a downloaded image."
     )
 
-    def flat(self) -> dict[str, Any]:
-        """Return every value under its dotted key, e.g. `download.image_size_px`."""
-        return dict(_flatten(self.model_dump(mode="json")))
+    def content(self) -> dict[str, Any]:
+        """Return what decides the corpus's bytes: all but name, place, pace and patience."""
+        return {
+            "seed": self.seed,
+            "sources": {each.name: each.model_dump(mode="json") for each in self.sources},
+            "fetch": self.fetch.content(),
+            "download": self.download.content(),
+        }
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -97,19 +102,6 @@ def _check_source_names(recipe: Recipe, path: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RecipeError(f"{path}: sources: the name {twice[0]!r} is used twice; rename one")
-
-
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 (JSON)
-    items: Iterable[tuple[Any, Any]]
-    if isinstance(value, Mapping) and value:
-        items = value.items()
-    elif isinstance(value, list) and value:
-        items = enumerate(value)
-    else:
-        yield key, value
-        return
-    for part, inner in items:
-        yield from _flatten(inner, f"{key}.{part}" if key else str(part))
 
 
 # --- overrides --------------------------------------------------------------------------------

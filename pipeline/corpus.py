@@ -246,9 +246,10 @@ class Corpus:
     def sweep(self, stage: str | None = None) -> Swept:
         """Remove what crashes left over and finish what they interrupted; shards stay as they are.
 
-        Meant for the start and end of a run. A commit that is under way is not harmed, but an
-        attempt that is still making its files has to start again. Nothing is removed where a marker
-        is damaged, nor is any file that is not named like one of ours.
+        Meant for the start and end of a run. A commit that is under way is not harmed, nor is an
+        attempt that is still making its files, on disks that have locks; elsewhere it has to start
+        again. Nothing is removed where a marker is damaged, nor is any file that is not named like
+        one of ours.
         """
         removed: list[str] = []
         settled: list[str] = []
@@ -269,8 +270,8 @@ class Corpus:
             self.store.remove(f"{folder.path}/{name}")
             removed.append(f"{folder.path}/{name}")
         for name in folder.temporaries:
-            self.store.remove_folder(f"{folder.path}/{name}")
-            removed.append(f"{folder.path}/{name}")
+            if self.store.remove_folder(f"{folder.path}/{name}"):
+                removed.append(f"{folder.path}/{name}")
 
     def write_run(self, text: str) -> str:
         """Store the run's description as run.yaml, unless there is one; return what is in force.

@@ -173,10 +173,13 @@ class Store:
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.full(path))
 
-    def remove_folder(self, path: str) -> None:
-        """Remove a folder and all in it, if it is there."""
-        with suppress(FileNotFoundError):
-            self.fs.rm(self.full(path), recursive=True)
+    def remove_folder(self, path: str) -> bool:
+        """Remove a folder and all in it; False if it is gone or a living writer's `scratch`."""
+        with suppress(FileNotFoundError), _held(self.full(path), self.is_local) as is_ours:
+            if is_ours:
+                self.fs.rm(self.full(path), recursive=True)
+            return is_ours
+        return False
 
     @contextmanager
     def locked(self, folder: str) -> Iterator[None]:
@@ -200,11 +203,15 @@ class Store:
 
     @contextmanager
     def scratch(self, folder: str, prefix: str) -> Iterator[str]:
-        """Give a local folder for files in the making, on the root's own disk if that is local."""
+        """Give a local folder for files in the making, on the root's own disk if that is local.
+
+        It is locked while its writer lives, so that no other run's sweep takes it away.
+        """
         beside = self.full(folder) if self.is_local else None
         path = tempfile.mkdtemp(prefix=f"{TEMPORARY}{prefix}.", dir=beside)
         try:
-            yield path
+            with _held(path, self.is_local):
+                yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)  # what stays is swept
 
@@ -228,6 +235,29 @@ class Store:
         finally:
             with suppress(FileNotFoundError):
                 self.fs.rm_file(temporary)
+
+
+@contextmanager
+def _held(folder: str, has_locks: bool) -> Iterator[bool]:
+    """Hold a folder's lock, which dies with the process; give False if another has it."""
+    if not has_locks:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _is_lock_taken(descriptor, folder)
+    finally:
+        os.close(descriptor)
+
+
+def _is_lock_taken(descriptor: int, folder: str) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        _log.debug("%s cannot be locked (%s); going on without", folder, error)
+    return True
 
 
 def hash_stream(stream: BinaryIO) -> str:

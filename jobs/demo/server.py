@@ -132,6 +132,9 @@ class WebServer:
                 pass
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
             pass  # the client has gone, fell asleep, or does not speak HTTP: nothing to tell it
+        except asyncio.CancelledError:
+            # Only stop() cancels, and asyncio's stream callback would log it as an error.
+            assert self._stopping.is_set()
         finally:
             self._conversations.discard(conversation)
             writer.close()

@@ -43,8 +43,8 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    """Names the source's folder in the corpus."""
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    """Names the source's folder in the corpus: a-z, 0-9, _ and -."""
     format: SourceFormat
     """The form it is published in."""
     paths: Annotated[tuple[str, ...], Field(min_length=1)]

@@ -1,7 +1,7 @@
 """The limits that a fetch keeps: who may be called, how much may be read, how long it may take."""
 
 from ipaddress import IPv4Network, IPv6Network
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -10,6 +10,18 @@ HeaderText = Annotated[str, StringConstraints(pattern=r"^[\x20-\x7e]+$")]
 Directive = Annotated[str, StringConstraints(strip_whitespace=True, to_lower=True, min_length=1)]
 Sha256 = Annotated[str, StringConstraints(to_lower=True, pattern=r"^[0-9a-fA-F]{64}$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+_PACE = (
+    "timeout_seconds",
+    "total_seconds",
+    "user_agent",
+    "robots_cache_hosts",
+    "max_connections_per_host",
+    "max_host_wait_seconds",
+    "max_idle_connections",
+    "ca_file",
+    "retry",
+)
 
 
 class RetryPolicy(BaseModel):
@@ -92,6 +104,13 @@ class FetchConfig(BaseModel):
     """Domains, URLs and images that are never fetched or kept."""
     retry: RetryPolicy = RetryPolicy()
     """How often transient failures are tried again, and after which pauses."""
+
+    def content(self) -> dict[str, Any]:
+        """Return the settings that decide what may be fetched, for a corpus's fingerprint.
+
+        The others decide pace and patience, and may differ from machine to machine.
+        """
+        return self.model_dump(mode="json", exclude=set(_PACE))
 
     @model_validator(mode="after")
     def _timeout_fits_total(self) -> Self:

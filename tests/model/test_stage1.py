@@ -479,6 +479,7 @@ def test_reordered_cache_continues_the_captions_it_names(golden):
     order = torch.tensor([5, 0, 0, 2])
     picked, picked_cache = model.caption_step(ids[order, :4], cache.rows(order))
     straight, _ = model.caption_step(ids[:, :4], cache)
-    assert_close(picked, straight[order], atol=1e-6, rtol=1e-5)
+    # 1.7e-6 measured with two threads, whose products sum in another order
+    assert_close(picked, straight[order], atol=5e-6, rtol=1e-4)
     assert isinstance(picked_cache, CaptionCache)
     assert picked_cache.num_tokens == 4

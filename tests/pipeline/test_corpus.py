@@ -407,3 +407,15 @@ def test_a_changed_recipe_stops_and_names_the_keys():
     assert list(caught.value.differences) == ["new", "old", "score.top_p"]
     assert "score.top_p: 0.9 in run.yaml, 0.8 now" in str(caught.value)
     assert "new: absent in run.yaml, 1 now" in str(caught.value)
+
+
+def test_a_sweep_spares_an_attempt_that_is_alive_and_removes_one_that_is_not(tmp_path):
+    corpus = Corpus(str(tmp_path))
+    with corpus.writer("raw", SOURCE, 0, fingerprint="f") as writer:
+        Path(writer.path("tar")).write_bytes(b"in the making")
+        assert Corpus(str(tmp_path)).sweep().removed == ()
+        assert Path(writer.path("tar")).exists()
+    dead = tmp_path / "raw" / SOURCE / ".00001.gone1234"
+    dead.mkdir()
+    assert corpus.sweep().removed == (f"raw/{SOURCE}/.00001.gone1234",)
+    assert not dead.exists()

@@ -1,0 +1,168 @@
+"""`capfilt demo`: build the synthetic web, serve it, run the job, compare with the truth."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.parquet as pq
+
+from jobs import run
+from jobs.demo.behaviours import Delivery
+from jobs.demo.noise import Noise
+from jobs.demo.plan import PlannedImage, WebConfig
+from jobs.demo.web import SyntheticWeb, build_web
+from jobs.errors import UserError
+from jobs.progress import stage_meter
+from jobs.recipe import Recipe, load_recipe
+from jobs.summary import SOME_FAILED, RunSummary
+from pipeline.corpus import Corpus
+from pipeline.download import STAGE
+from pipeline.verify import Severity, verify
+
+
+@dataclass(frozen=True, slots=True)
+class SourceResult:
+    """What became of one source's rows, beside what the truth says should become of them."""
+
+    source: str
+    num_rows: int
+    num_kept: int
+    num_dropped: int
+    num_failed: int
+    num_obtainable: int
+    """Rows whose image a careful client can get and should keep."""
+    num_surprises: int
+    """Rows kept that should not be, or the other way round."""
+    num_noisy: int
+    """Kept rows whose caption does not fit the image; what the filter is to find."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSummary:
+    """The small table at the end of the demo."""
+
+    root: str
+    run: RunSummary
+    sources: tuple[SourceResult, ...]
+    num_faults: int
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every shard is there and whole."""
+        return self.run.exit_code or (SOME_FAILED if self.num_faults else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table for machines."""
+        return {
+            "root": self.root,
+            "run": self.run.to_json(),
+            "sources": {
+                each.source: {
+                    name: getattr(each, name) for name in each.__slots__ if name != "source"
+                }
+                for each in self.sources
+            },
+            "faults": self.num_faults,
+        }
+
+    def text(self) -> str:
+        """Return the table for people."""
+        if self.run.is_stopped or self.run.failures:
+            lines = [f"failed {name}: {why}" for name, why in self.run.failures.items()]
+            return "\n".join([*lines, "not finished; to continue, give the same command again"])
+        header = f"{'source':<8}{'rows':>7}{'kept':>7}{'dropped':>9}{'failed':>8}{'noisy':>8}"
+        rows = [
+            f"{each.source:<8}{each.num_rows:>7,}{each.num_kept:>7,}{each.num_dropped:>9,}"
+            f"{each.num_failed:>8,}{each.num_noisy / max(each.num_kept, 1):>8.1%}"
+            for each in self.sources
+        ]
+        surprises = sum(each.num_surprises for each in self.sources)
+        obtainable = sum(each.num_obtainable for each in self.sources)
+        return "\n".join(
+            [
+                header,
+                *rows,
+                "",
+                f"{obtainable:,} rows could be had; {surprises:,} rows ended otherwise than the "
+                "web's truth says.",
+                "noisy: kept captions that do not fit their image, which the filter is to find.",
+                f"{self.num_faults:,} faults in the corpus at {self.root}; look again with",
+                f"  capfilt verify {self.root}",
+            ]
+        )
+
+
+def run_demo(folder: Path, *, is_quick: bool, should_stop: Callable[[], bool]) -> DemoSummary:
+    """Run the whole job below `folder` and return what it came to; continues where it stopped.
+
+    Raises UserError when the folder holds a demo of another size, or the port is taken.
+    """
+    folder = folder.absolute()
+    web = _build(folder / "web", WebConfig.quick() if is_quick else WebConfig())
+    recipe = demo_recipe(folder / "corpus", web)
+    try:
+        server = web.serve()
+        with server:
+            done = run.download(recipe, should_stop)
+    except OSError as error:
+        raise UserError(
+            f"the demo's web cannot be served on port {web.port}: {error}; stop what listens "
+            f"there, or delete {folder} to begin anew on another port"
+        ) from error
+    corpus = Corpus(recipe.root)
+    results = () if done.is_stopped else _compare(recipe, corpus, web.truth())
+    num_faults = sum(fault.severity is Severity.FAULT for fault in verify(corpus))
+    return DemoSummary(corpus.root, done, results, num_faults)
+
+
+def demo_recipe(root: Path, web: SyntheticWeb) -> Recipe:
+    """Return the embedded recipe for a web that was built: its lists, its port."""
+    lists = {"laion": web.lists.laion, "cc3m": web.lists.cc3m, "human": web.lists.human}
+    overrides = [f"sources.{name}.paths=[{str(path)!r}]" for name, path in lists.items()]
+    overrides += [f"root={str(root)!r}", f"fetch.allowed_ports=[{web.port}]"]
+    return load_recipe(str(files("jobs") / "recipes" / "demo.yaml"), overrides)
+
+
+def _build(folder: Path, config: WebConfig) -> SyntheticWeb:
+    total = config.num_web + config.num_human + config.num_test
+    try:
+        with stage_meter("web", total, unit="images", stream=sys.stderr) as meter:
+            return build_web(folder, config, on_progress=lambda done, of: meter.advance(1, 1))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _compare(
+    recipe: Recipe, corpus: Corpus, truth: dict[str, PlannedImage]
+) -> tuple[SourceResult, ...]:
+    return tuple(_compare_source(corpus, each.name, truth) for each in recipe.sources)
+
+
+def _compare_source(corpus: Corpus, source: str, truth: dict[str, PlannedImage]) -> SourceResult:
+    tally: Counter[str] = Counter()
+    for record in corpus.shards(STAGE, source):
+        with corpus.open(record, "parquet") as stream:
+            rows = pq.read_table(stream, columns=["url", "verdict"]).to_pylist()
+        for row in rows:
+            planned = truth[urlsplit(row["url"]).path]
+            is_obtainable = planned.delivery in (Delivery.YES, Delivery.RETRY)
+            is_kept = row["verdict"] == "kept"
+            tally[row["verdict"]] += 1
+            tally["obtainable"] += is_obtainable
+            tally["surprises"] += is_kept != is_obtainable
+            tally["noisy"] += is_kept and planned.noise not in (Noise.FULL, Noise.TERSE)
+    return SourceResult(
+        source=source,
+        num_rows=tally["kept"] + tally["dropped"] + tally["failed"],
+        num_kept=tally["kept"],
+        num_dropped=tally["dropped"],
+        num_failed=tally["failed"],
+        num_obtainable=tally["obtainable"],
+        num_surprises=tally["surprises"],
+        num_noisy=tally["noisy"],
+    )

@@ -1,0 +1,97 @@
+"""What a run would do: which shards there are, which exist, where the others will be written."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.errors import UserError
+from jobs.recipe import Recipe, dump_recipe
+from pipeline.corpus import Corpus
+from pipeline.download import STAGE
+from pipeline.record import ShardRecord
+from pipeline.sources.config import SourceConfig
+from pipeline.sources.rows import SourceError
+from pipeline.sources.shards import SourceShard, plan_shards
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePlan:
+    """One source cut into shards, and those of them that exist."""
+
+    config: SourceConfig
+    shards: tuple[SourceShard, ...]
+    done: Mapping[int, ShardRecord]
+
+    @property
+    def missing(self) -> Iterator[SourceShard]:
+        """The shards to be made, in order."""
+        return (shard for shard in self.shards if shard.index not in self.done)
+
+    @property
+    def committed(self) -> Iterator[SourceShard]:
+        """The shards that exist, in order."""
+        return (shard for shard in self.shards if shard.index in self.done)
+
+    @property
+    def num_records(self) -> int:
+        """Rows of the source, malformed ones included."""
+        return sum(shard.num_records for shard in self.shards)
+
+
+def plan_run(recipe: Recipe, corpus: Corpus) -> list[SourcePlan]:
+    """Cut every source into shards and look up which of them exist; writes nothing.
+
+    Raises UserError when a source cannot be read.
+    """
+    return [_plan_source(recipe, corpus, config) for config in recipe.sources]
+
+
+def describe_plan(recipe: Recipe, *, as_json: bool = False) -> str:
+    """Return the fully resolved recipe and the plan; reads lists and markers, writes nothing."""
+    corpus = Corpus(recipe.root)
+    plans = plan_run(recipe, corpus)
+    if as_json:
+        return json.dumps(_to_json(recipe, corpus, plans), indent=2)
+    return dump_recipe(recipe) + "\n" + "\n".join(_lines(recipe, corpus, plans))
+
+
+def _lines(recipe: Recipe, corpus: Corpus, plans: list[SourcePlan]) -> Iterator[str]:
+    yield f"# The plan: stages in order, all below {corpus.root}"
+    for plan in plans:
+        yield (
+            f"# download {plan.config.name}: {plan.num_records:,} rows in {len(plan.shards):,} "
+            f"shards of up to {recipe.download.rows_per_shard:,}, {len(plan.done):,} of them done"
+            f" -> {STAGE}/{plan.config.name}/"
+        )
+
+
+def _to_json(recipe: Recipe, corpus: Corpus, plans: list[SourcePlan]) -> dict[str, Any]:
+    stages = [
+        {
+            "stage": "download",
+            "source": plan.config.name,
+            "rows": plan.num_records,
+            "shards": len(plan.shards),
+            "shards_done": len(plan.done),
+            "writes_to": f"{corpus.root}/{STAGE}/{plan.config.name}",
+        }
+        for plan in plans
+    ]
+    return {"recipe": recipe.model_dump(mode="json"), "root": corpus.root, "stages": stages}
+
+
+def _plan_source(recipe: Recipe, corpus: Corpus, config: SourceConfig) -> SourcePlan:
+    try:
+        shards = tuple(plan_shards(config, records_per_shard=recipe.download.rows_per_shard))
+    except SourceError as error:
+        raise UserError(f"source {config.name}: {error}") from error
+    done = {record.index: record for record in corpus.shards(STAGE, config.name)}
+    beyond = sorted(index for index in done if index >= len(shards))
+    if beyond:
+        raise UserError(
+            f"source {config.name}: the corpus has shard {beyond[0]:05d}, its lists now end at "
+            f"shard {len(shards) - 1:05d}; give back the lists it was begun with, or write to "
+            "another root"
+        )
+    return SourcePlan(config, shards, done)
