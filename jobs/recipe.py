@@ -72,7 +72,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the fully resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # ASCII with escapes: left as they are, some line separators would be folded into spaces.
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def recipe_schema() -> dict[str, Any]:

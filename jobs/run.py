@@ -84,7 +84,7 @@ def _opened(recipe: Recipe) -> Iterator[Corpus]:
         "content": recipe.content(),
     }
     try:
-        stored = corpus.write_run(yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
+        stored = corpus.write_run(yaml.safe_dump(description, sort_keys=False))
         check_same(yaml.safe_load(stored)["content"], recipe.content())
     except (FingerprintError, RunFileError) as error:
         raise UserError(f"{corpus.root}: {error}") from error

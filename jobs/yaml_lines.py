@@ -25,6 +25,9 @@ class LocatedYaml:
         return self.file
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-4` as text; people and YAML 1.2 read a number.
 
@@ -73,6 +76,9 @@ def parse_yaml(text: str, file: str, *, mapping: bool = True) -> LocatedYaml:
 def _locate(node: yaml.Node, path: tuple[str, ...], document: LocatedYaml) -> None:
     if path:
         document.lines[path] = f"{document.file}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.ScalarNode) and _SURROGATE.search(node.value):
+        line = node.start_mark.line + 1
+        raise RecipeError(f"{document.file}:{line}: not valid Unicode (a lone surrogate)")
     if isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
             _locate(item, (*path, str(position)), document)

@@ -38,6 +38,7 @@ def test_what_only_looks_like_a_number_stays_text(text):
         ("a: \x01\n", r"r\.yaml: not valid YAML"),
         ("a: !!python/object/apply:os.system [ls]\n", r"r\.yaml:1: not valid YAML"),
         ("a: &x [*x]\n", r"r\.yaml:1: .*alias"),
+        ('a:\n  "\\ud800"\n', r"r\.yaml:2: not valid Unicode"),
         ("- a\n- b\n", r"r\.yaml: a recipe is a list of"),
         ("", r"r\.yaml: a recipe is a list of"),
         ("a: 2020-99-99\n", r"r\.yaml: not valid YAML"),
