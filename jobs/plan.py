@@ -87,11 +87,19 @@ def _plan_source(recipe: Recipe, corpus: Corpus, config: SourceConfig) -> Source
     except SourceError as error:
         raise UserError(f"source {config.name}: {error}") from error
     done = {record.index: record for record in corpus.shards(STAGE, config.name)}
-    beyond = sorted(index for index in done if index >= len(shards))
-    if beyond:
-        raise UserError(
-            f"source {config.name}: the corpus has shard {beyond[0]:05d}, its lists now end at "
-            f"shard {len(shards) - 1:05d}; give back the lists it was begun with, or write to "
-            "another root"
-        )
+    _refuse_other_lists(config.name, shards, done)
     return SourcePlan(config, shards, done)
+
+
+def _refuse_other_lists(
+    source: str, shards: tuple[SourceShard, ...], done: Mapping[int, ShardRecord]
+) -> None:
+    """Raise UserError where the shards that exist cannot have come from these lists."""
+    for index, record in sorted(done.items()):
+        planned = shards[index].num_records if index < len(shards) else 0
+        if record.rows_in != planned:
+            raise UserError(
+                f"source {source}: shard {record.name} was made from {record.rows_in:,} rows, its "
+                f"lists now give it {planned:,}; give back the lists that the corpus was begun "
+                "with, or write to another root"
+            )

@@ -46,7 +46,7 @@ class Recipe(BaseModel):
         """Return what decides the corpus's bytes: all but name, place, pace and patience."""
         return {
             "seed": self.seed,
-            "sources": {each.name: each.model_dump(mode="json") for each in self.sources},
+            "sources": {each.name: each.content() for each in self.sources},
             "fetch": self.fetch.content(),
             "download": self.download.content(),
         }

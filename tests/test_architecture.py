@@ -104,3 +104,20 @@ def test_the_command_line_starts_without_torch():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_the_readmes_tree_is_the_tree():
+    text = (ROOT / "README.md").read_text()
+    block = text.split("## The tree")[1].split("```")[1]
+    folders, listed = [], []
+    for line in block.strip("\n").splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        elif name.endswith(".py"):
+            listed.append("".join(folders) + name)
+    assert sorted(listed) == sorted(
+        relative(path) for path in ALL_SOURCES if path.name != "__init__.py"
+    )

@@ -1,7 +1,7 @@
 """What a source is: its published form, its files, its columns, who wrote its captions."""
 
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -75,6 +75,14 @@ class SourceConfig(BaseModel):
     """A record with a longer URL is malformed."""
     max_record_bytes: Annotated[int, Field(ge=1024)] = 16 * 2**20
     """The longest line, CSV record or JSON item that is looked at."""
+
+    def content(self) -> dict[str, Any]:
+        """Return the settings that decide what the rows hold, for a corpus's fingerprint.
+
+        Where the lists and images lie is not among them: a corpus may be continued on a machine
+        that keeps them elsewhere.
+        """
+        return self.model_dump(mode="json", exclude={"paths", "image_root", "image_data"})
 
     @model_validator(mode="before")
     @classmethod

@@ -114,7 +114,7 @@ def test_lists_that_got_shorter_are_refused(capfilt, recipe, tmp_path):
     (tmp_path / "cats.tsv").write_text("a cat\thttp://127.0.0.1:1/a.jpg\n")
     code, _, err = capfilt("run", recipe, "--set", "download.rows_per_shard=1")
     assert code == 2
-    assert "the corpus has shard 00001, its lists now end at shard 00000" in err
+    assert "shard raw/cats/00001 was made from 1 rows, its lists now give it 0" in err
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,7 @@ def test_pace_does_not_belong_to_a_recipes_content_and_policy_does(write):
     path = write(MINIMAL)
     content = load_recipe(path).content()
     pace = ["name=other", "root=elsewhere", "download.num_threads=3", "fetch.timeout_seconds=1"]
+    pace += ["sources.cats.paths=[/mnt/moved/cats.tsv]"]
     assert load_recipe(path, pace).content() == content
     for policy in ["seed=1", "download.min_side_px=9", "fetch.max_body_bytes=1000"]:
         assert load_recipe(path, [policy]).content() != content
