@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model import collectives, losses
 from model.losses import Negatives
 from model.qformer import CaptionCache, ImageKeysValues, QFormer, QFormerConfig, QueryStates
+from model.vision import LnVision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +86,7 @@ class Stage1(nn.Module):
         width = config.qformer.width
         self.config = config
         self.image_encoder = image_encoder
-        self.ln_vision = nn.LayerNorm(config.qformer.image_width, eps=1e-5)
+        self.ln_vision = LnVision(config.qformer.image_width)
         self.qformer = QFormer(config.qformer)
         self.vision_proj = nn.Linear(width, config.joint_width)
         self.text_proj = nn.Linear(width, config.joint_width)
@@ -139,20 +140,9 @@ class Stage1(nn.Module):
         )
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Return the image encoder's states after `ln_vision`, (B, P, I).
-
-        Normalised in float32, then cast once to what the Q-Former's projections compute in:
-        autocast's dtype where it is on, else the parameters'.
-        """
-        states = self.image_encoder(pixels)
-        norm, wide = self.ln_vision, losses.at_least_float32
-        with torch.autocast(states.device.type, enabled=False):
-            normalised = F.layer_norm(
-                wide(states), norm.normalized_shape, wide(norm.weight), wide(norm.bias), norm.eps
-            )
-        device = states.device.type
-        is_mixed = torch.is_autocast_enabled(device)
-        return normalised.to(torch.get_autocast_dtype(device) if is_mixed else norm.weight.dtype)
+        """Return the image encoder's states after `ln_vision`, (B, P, I)."""
+        normalised: Tensor = self.ln_vision(self.image_encoder(pixels))
+        return normalised
 
     def image_features(self, pixels: Tensor) -> ImageFeatures:
         """Return what the queries alone make of images: states and retrieval features."""

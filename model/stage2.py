@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.llm import FrozenLlm, LlmDecodingConfig
 from model.llm_text import CausalText, LlmTokenizer, PrefixText, prompt_text
-from model.losses import at_least_float32, label_smoothed, token_losses
+from model.losses import label_smoothed, token_losses
 from model.qformer import QFormer, QFormerConfig
+from model.vision import LnVision
 
 # What stage 1 learned that stage 2 has no use for: patterns of `Stage1`'s names, with the reason.
 STAGE1_ONLY = {
@@ -47,27 +47,6 @@ class Stage2Loss:
 
     loss: Tensor
     logits: Tensor
-
-
-class LnVision(nn.LayerNorm):
-    """BLIP-2's trainable LayerNorm on image tokens: computed in float32, then cast once.
-
-    The result is in what the Q-Former's projections compute in: autocast's dtype where it is on,
-    else the parameters'.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-5)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Return (B, P, I) for `states` (B, P, I) of any floating dtype."""
-        device, wide = states.device.type, at_least_float32
-        with torch.autocast(device, enabled=False):
-            normalised = F.layer_norm(
-                wide(states), self.normalized_shape, wide(self.weight), wide(self.bias), self.eps
-            )
-        is_mixed = torch.is_autocast_enabled(device)
-        return normalised.to(torch.get_autocast_dtype(device) if is_mixed else self.weight.dtype)
 
 
 class Stage2(nn.Module):

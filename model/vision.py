@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.losses import at_least_float32
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
@@ -337,3 +339,24 @@ def _normalise(hidden: Tensor, norm: nn.LayerNorm) -> Tensor:
     """Apply `norm` in its own precision, fp32, whatever the precision of `hidden`."""
     normalised: Tensor = norm(hidden.to(norm.weight.dtype))
     return normalised
+
+
+class LnVision(nn.LayerNorm):
+    """BLIP-2's trainable LayerNorm on image tokens: computed in float32, then cast once.
+
+    The result is in what the Q-Former's projections compute in: autocast's dtype where it is on,
+    else the parameters'.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return (B, P, I) for `states` (B, P, I) of any floating dtype."""
+        device, wide = states.device.type, at_least_float32
+        with torch.autocast(device, enabled=False):
+            normalised = F.layer_norm(
+                wide(states), self.normalized_shape, wide(self.weight), wide(self.bias), self.eps
+            )
+        is_mixed = torch.is_autocast_enabled(device)
+        return normalised.to(torch.get_autocast_dtype(device) if is_mixed else self.weight.dtype)

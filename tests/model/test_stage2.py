@@ -41,8 +41,8 @@ from model.names.rename import to_theirs
 from model.names.stage2 import STAGE2_LAVIS
 from model.qformer import QFormerConfig
 from model.stage1 import Stage1, Stage1Config
-from model.stage2 import LnVision, Stage2, Stage2Config
-from model.vision import FrozenImageEncoder
+from model.stage2 import Stage2, Stage2Config
+from model.vision import FrozenImageEncoder, LnVision
 
 NEWLINE = 202
 GREEDY = LlmDecodingConfig(num_beams=1, max_new_tokens=8)
