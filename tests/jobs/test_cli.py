@@ -8,7 +8,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 import jobs.cli
 
@@ -183,6 +185,26 @@ def test_a_shard_that_fails_is_set_aside_and_made_by_the_same_command(capfilt, r
     dogs.write_text("a dog\thttp://127.0.0.1:1/d.jpg\n")
     code, out, _ = capfilt("run", recipe)
     assert (code, "2 shards done, 1 of them now" in out) == (0, True)
+
+
+def test_a_corpus_on_s3_is_made_verified_and_resumed(capfilt, recipe, monkeypatch):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket="pets")
+    try:
+        code, out, _ = capfilt("run", recipe, "--set", "root=s3://pets/corpus")
+        assert (code, "1 shards done, 1 of them now" in out) == (0, True)
+        code, out, _ = capfilt("verify", "s3://pets/corpus")
+        assert (code, out) == (0, "0 faults in 1 raw shards (every byte and row checked)\n")
+        code, out, _ = capfilt("run", recipe, "--set", "root=s3://pets/corpus")
+        assert (code, out) == (0, "1 shards done, 0 of them now\n")
+    finally:
+        server.stop()
 
 
 def test_the_installed_command_is_this_one():
