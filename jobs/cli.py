@@ -1,5 +1,6 @@
 """The command line: exit code 0 when all is done, 1 when shards failed, 2 for a wrong recipe."""
 
+import errno
 import json
 import logging
 import os
@@ -18,6 +19,18 @@ if TYPE_CHECKING:  # a command imports what it needs, so that --help and schema 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 DONE, SOME_FAILED, WRONG_INPUT = 0, 1, 2
+# What a disk or an account may refuse, through no fault of the code.
+_THE_MACHINES = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EISDIR,
+    errno.EMFILE,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 _BUILD, _LOOK, _START = "Build a corpus, in this order", "Look at a corpus", "Start here"
 
 app = typer.Typer(
@@ -150,4 +163,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except UserError as error:
         typer.echo(error, err=True)
         sys.exit(WRONG_INPUT)
+    except OSError as error:
+        if error.errno not in _THE_MACHINES:
+            raise  # a bug, to be seen whole
+        typer.echo(f"{error}; what is committed is safe, the same command continues", err=True)
+        sys.exit(SOME_FAILED)
     sys.exit(DONE)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.corpus_root import open_corpus
 from jobs.errors import UserError
 from jobs.recipe import Recipe, dump_recipe
 from pipeline.corpus import Corpus
@@ -49,7 +50,7 @@ def plan_run(recipe: Recipe, corpus: Corpus) -> list[SourcePlan]:
 
 def describe_plan(recipe: Recipe, *, as_json: bool = False) -> str:
     """Return the fully resolved recipe and the plan; reads lists and markers, writes nothing."""
-    corpus = Corpus(recipe.root)
+    corpus = open_corpus(recipe.root)
     plans = plan_run(recipe, corpus)
     if as_json:
         return json.dumps(_to_json(recipe, corpus, plans), indent=2)

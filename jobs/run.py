@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import yaml
 
+from jobs.corpus_root import open_corpus
 from jobs.errors import UserError
 from jobs.plan import SourcePlan, plan_run
 from jobs.progress import Meter, stage_meter
@@ -77,7 +78,7 @@ def fingerprint(recipe: Recipe) -> str:
 @contextmanager
 def _opened(recipe: Recipe) -> Iterator[Corpus]:
     """Give the corpus if it is this recipe's, tidied before and after."""
-    corpus = Corpus(recipe.root)
+    corpus = open_corpus(recipe.root)
     description = {
         "capfilt": version("capfilt"),
         "recipe": recipe.model_dump(mode="json"),

@@ -4,6 +4,7 @@ import json
 
 import typer
 
+from jobs.corpus_root import open_corpus
 from jobs.errors import UserError
 from pipeline.corpus import Corpus
 from pipeline.layout import RUN_FILE, STAGES
@@ -15,7 +16,7 @@ def verify_corpus(root: str, *, is_quick: bool, as_json: bool) -> bool:
 
     Raises UserError when there is no corpus.
     """
-    corpus = Corpus(root)
+    corpus = open_corpus(root)
     has_sources = any(corpus.sources(stage) for stage in STAGES)
     if not has_sources and corpus.store.read(RUN_FILE) is None:
         raise UserError(f"{corpus.root}: no corpus here (neither run.yaml nor any shard)")

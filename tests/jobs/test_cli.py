@@ -127,6 +127,8 @@ def test_lists_that_got_shorter_are_refused(capfilt, recipe, tmp_path):
         (["run", "RECIPE", "--set", "sources.cats.paths=[gone.tsv]"], "gone.tsv"),
         (["retry", "RECIPE", "--only", "some"], "--only some: neither 'transient' nor 'all'"),
         (["verify", "nowhere"], "no corpus here"),
+        (["run", "RECIPE", "--set", "root=nfs4://x"], "nfs4://x: Protocol not known"),
+        (["run", "RECIPE", "--set", "root=gs://x"], "pip install 'capfilt[gcs]'"),
         (["frobnicate"], "frobnicate"),
         (["run"], "RECIPE"),
     ],
@@ -136,6 +138,29 @@ def test_wrong_input_ends_with_code_2_and_no_trace(capfilt, recipe, arguments, c
     assert code == 2
     assert complaint in err
     assert "Traceback" not in out + err
+
+
+def test_a_root_that_cannot_be_written_is_told_in_a_line(capfilt, recipe, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    code, _, err = capfilt("run", recipe, "--set", f"root={tmp_path}/file/corpus")
+    assert code == 1
+    assert "Not a directory" in err
+    assert "Traceback" not in err
+
+
+def test_a_disk_that_takes_no_more_ends_the_run_with_what_is_committed_safe(recipe, tmp_path):
+    rows = "".join(f"caption {n} {'x' * 500}\thttp://10.0.0.1/{n}\n" for n in range(3000))
+    (tmp_path / "cats.tsv").write_text(rows)
+    capfilt = Path(sys.executable).with_name("capfilt")
+    done = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 1; exec {capfilt} run {recipe}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "what is committed is safe, the same command continues" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_verify_ends_with_code_1_and_names_what_is_damaged(capfilt, recipe, tmp_path):
