@@ -9,10 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
+import cv2
+import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
 import jobs.cli
+from pipeline.corpus import Corpus
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -210,6 +213,47 @@ def test_a_shard_that_fails_is_set_aside_and_made_by_the_same_command(capfilt, r
     dogs.write_text("a dog\thttp://127.0.0.1:1/d.jpg\n")
     code, out, _ = capfilt("run", recipe)
     assert (code, "2 shards done, 1 of them now" in out) == (0, True)
+
+
+def test_retry_fetches_what_failed_and_touches_nothing_else(capfilt, recipe, tmp_path):
+    is_well, asked = threading.Event(), []
+    picture = cv2.imencode(".png", np.full((64, 64, 3), 200, np.uint8))[1].tobytes()
+
+    class Recovering(BaseHTTPRequestHandler):
+        """Has one page that answers at once, and one that is unavailable at first."""
+
+        def do_GET(self):  # noqa: N802 (the library's name)
+            asked.append(self.path)
+            if self.path == "/late" and not is_well.is_set():
+                return self.send_error(503)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(picture)))
+            self.end_headers()
+            return self.wfile.write(picture)
+
+        def log_message(self, *args):
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recovering) as server:
+        threading.Thread(target=server.serve_forever).start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        (tmp_path / "cats.tsv").write_text(f"a cat\t{base}/now\na late cat\t{base}/late\n")
+        sets = [
+            "--set",
+            "fetch.allowed_networks=[127.0.0.1/32]",
+            "--set",
+            "fetch.allowed_ports=any",
+        ]
+        sets += ["--set", "fetch.retry.max_attempts=1"]
+        assert json.loads(capfilt("run", recipe, *sets, "--json")[1])["kept"] == 1
+        is_well.set()
+        asked.clear()
+        code, out, _ = capfilt("retry", recipe, *sets, "--json")
+        server.shutdown()
+    assert (code, json.loads(out)["kept"], asked) == (0, 1, ["/late"])
+    assert capfilt("verify", tmp_path / "corpus")[0] == 0
+    record = Corpus(str(tmp_path / "corpus")).record("raw", "cats", 0)
+    assert (record.counts.kept, record.counts.failed) == (2, {})
 
 
 def test_a_corpus_on_s3_is_made_verified_and_resumed(capfilt, recipe, monkeypatch):
