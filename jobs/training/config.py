@@ -1,0 +1,233 @@
+"""What a recipe's `training` section may say; `jobs.training.plan` fills in what the papers say.
+
+Light on purpose: a recipe is read by commands that never train.
+"""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Stage = Literal["med", "captioner", "filter", "stage1", "stage2"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+CORPUS_TOKENIZER = "corpus"
+TRAINED = "trained"
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+_Positive = Annotated[int, Field(ge=1)]
+_Rate = Annotated[float, Field(gt=0, le=1)]
+_NotNegative = Annotated[float, Field(ge=0)]
+
+
+class StageConfig(BaseModel):
+    """How one stage is trained; what is left out is as the paper had it for the preset."""
+
+    model_config = _FROZEN
+
+    preset: str = Field(description="Named sizes of the model; see the README's table.")
+    sources: tuple[str, ...] | None = Field(
+        default=None, description="Sources to train on; left out: what the paper trained it on."
+    )
+    global_batch_size: _Positive | None = Field(
+        default=None, description="Pairs an optimizer step sees, over all workers."
+    )
+    micro_batch_size: _Positive | None = Field(
+        default=None,
+        description="Pairs that go through the model at a time on one worker; the rest of its "
+        "share is accumulated. Left out: its whole share.",
+    )
+    num_steps: _Positive | None = Field(default=None, description="Optimizer steps.")
+    num_epochs: _Positive | None = Field(
+        default=None, description="Epochs, where num_steps is left out."
+    )
+    schedule: Literal["warmup_cosine", "epoch_cosine", "epoch_decay"] | None = Field(
+        default=None, description="How the learning rate moves."
+    )
+    peak_rate: _Rate | None = Field(default=None, description="The highest learning rate.")
+    floor_rate: _NotNegative | None = Field(default=None, description="The last learning rate.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Steps to the peak rate."
+    )
+    weight_decay: _NotNegative | None = Field(default=None, description="AdamW's.")
+    beta2: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="AdamW's second beta."
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Largest norm of the gradient; the papers do not clip."
+    )
+    max_tokens: Annotated[int, Field(ge=4, le=512)] | None = Field(
+        default=None, description="Longest text, special tokens included; all are padded to it."
+    )
+    image_size_px: _Positive | None = Field(
+        default=None, description="Side of the images that the model sees."
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="Folder of a Hugging Face model to start from; left out: the export of the "
+        "stage before, or random weights for the first.",
+    )
+    text_model: str | None = Field(
+        default=None,
+        description="BERT to start from, a folder or a name on the hub, for med and stage1.",
+    )
+    image_encoder: str | None = Field(
+        default=None,
+        description="Frozen image encoder of stage1: 'trained' (med's), 'random', a folder of a "
+        "Blip model, or an EVA-CLIP or CLIP file as LAVIS has it.",
+    )
+    llm: str | None = Field(
+        default=None,
+        description="Frozen language model of stage2, a folder or a name on the hub; left out: "
+        "the preset's.",
+    )
+    has_llm_dropout: bool = Field(
+        default=True, description="Whether the frozen LLM's dropout is active, as in the paper."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="Of the text stack or Q-Former; left out: the preset's."
+    )
+    queue_size: _Positive | None = Field(
+        default=None, description="Momentum queue of med and filter, a multiple of the batch."
+    )
+
+    def content(self) -> dict[str, Any]:
+        """Return what decides the weights: all but how a batch is cut into micro-batches."""
+        return self.model_dump(mode="json", exclude={"micro_batch_size"}, exclude_none=True)
+
+
+class WorkersConfig(BaseModel):
+    """Who trains: one process, or a group of workers that Ray Train keeps alive."""
+
+    model_config = _FROZEN
+
+    num_workers: _Positive = Field(
+        default=1, description="Workers to train with; 1 trains in this process, without Ray."
+    )
+    min_workers: _Positive | None = Field(
+        default=None, description="Go on with so few when nodes are lost; left out: num_workers."
+    )
+    has_gpu: bool | None = Field(
+        default=None, description="Whether a worker takes a GPU; left out: where there is one."
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(
+        default=1, description="CPUs that Ray reserves for a worker."
+    )
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        default=3, description="Restarts of the group before giving up; -1: no limit."
+    )
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "WorkersConfig":
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is above num_workers")
+        return self
+
+    @property
+    def possible(self) -> range:
+        """Every number of workers that training may go on with."""
+        return range(self.min_workers or self.num_workers, self.num_workers + 1)
+
+
+class WatchConfig(BaseModel):
+    """What is written down about training, and how often; decides no weight."""
+
+    model_config = _FROZEN
+
+    log_every_steps: _Positive = Field(default=50, description="Steps that one record averages.")
+    checkpoint_every_steps: _Positive = Field(default=1000, description="Steps to a checkpoint.")
+    keep_checkpoints: _Positive = Field(
+        default=2, description="Newest checkpoints to keep, beside the best."
+    )
+    probe_every_steps: Annotated[int, Field(ge=0)] = Field(
+        default=1000, description="Steps to a look at held-out samples; 0: never."
+    )
+    num_probe_samples: Annotated[int, Field(ge=2)] = Field(
+        default=256, description="Held-out samples that probes look at."
+    )
+    alarm_after_steps: Annotated[int, Field(ge=0)] = Field(
+        default=1000, description="Steps before what has not been learned becomes an alarm."
+    )
+    has_tensorboard: bool = Field(default=True, description="Write TensorBoard's event files.")
+    wandb_project: str | None = Field(default=None, description="Log to this project of wandb.")
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Of one worker's device, for MFU; left out: by its name."
+    )
+
+
+class TrainingConfig(BaseModel):
+    """The section `training` of a recipe."""
+
+    model_config = _FROZEN
+
+    tokenizer: str = Field(
+        default="bert-base-uncased",
+        description="BERT tokenizer of MED and Q-Former, a folder or a name on the hub; 'corpus' "
+        "makes one of the words of the corpus.",
+    )
+    vocabulary_size: Annotated[int, Field(ge=64, le=1_000_000)] = Field(
+        default=8192, description="Most words of a tokenizer made of the corpus."
+    )
+    med_data: Literal["raw", "clean"] = Field(
+        default="raw",
+        description="What med trains on: the web as it came (to make captioner and filter), or "
+        "the cleaned corpus.",
+    )
+    held_out_share: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.001, description="Share of the images that no stage trains on; probes see them."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Of the forward pass; weights are float32. auto: bfloat16 on a GPU.",
+    )
+    is_compiled: bool = Field(default=False, description="Whether torch.compile makes the model.")
+    checkpoints_activations: bool = Field(
+        default=False, description="Compute the image encoder twice instead of storing it."
+    )
+    num_loader_workers: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="Processes that decode images for each training worker."
+    )
+    cache_folder: str | None = Field(
+        default=None, description="Local folder for shards of a corpus on object storage."
+    )
+    workers: WorkersConfig = Field(default_factory=WorkersConfig, description="Who trains.")
+    watch: WatchConfig = Field(default_factory=WatchConfig, description="What is written down.")
+    med: StageConfig = Field(
+        default=StageConfig(preset="base", text_model="bert-base-uncased"),
+        description="Pretraining of the mixture of encoder-decoder (BLIP).",
+    )
+    captioner: StageConfig = Field(
+        default=StageConfig(preset="base"), description="Fine-tuning of CapFilt's captioner."
+    )
+    filter: StageConfig = Field(
+        default=StageConfig(preset="base"), description="Fine-tuning of CapFilt's filter."
+    )
+    stage1: StageConfig = Field(
+        default=StageConfig(preset="blip2-opt-2.7b", text_model="bert-base-uncased"),
+        description="BLIP-2's first stage: image encoder and Q-Former.",
+    )
+    stage2: StageConfig = Field(
+        default=StageConfig(preset="blip2-opt-2.7b"),
+        description="BLIP-2's second stage: Q-Former and language model.",
+    )
+
+    def of(self, stage: Stage) -> StageConfig:
+        """Return the section of one stage."""
+        section: StageConfig = getattr(self, stage)
+        return section
+
+    def content(self) -> dict[str, Any]:
+        """Return what decides the weights of all stages."""
+        return {stage: self.stage_content(stage) for stage in STAGES}
+
+    def stage_content(self, stage: Stage) -> dict[str, Any]:
+        """Return what decides the weights of one stage, beside its data and where it starts."""
+        shared = {"tokenizer", "held_out_share", "precision"}
+        if self.tokenizer == CORPUS_TOKENIZER:
+            shared |= {"vocabulary_size"}
+        if stage == "med":
+            shared |= {"med_data"}
+        return self.model_dump(mode="json", include=shared) | self.of(stage).content()
+
+
+def is_med(stage: Stage) -> bool:
+    """Say whether a stage is one of BLIP's; the others are BLIP-2's."""
+    return stage in ("med", "captioner", "filter")
