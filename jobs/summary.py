@@ -36,20 +36,20 @@ class RunSummary:
             return INTERRUPTED
         return SOME_FAILED if self.failures else DONE
 
-    def text(self, recipe: str) -> str:
-        """Return the summary for people; `recipe` is what they gave, for the next command."""
-        return "\n".join(self._lines(recipe))
+    def text(self, again: str) -> str:
+        """Return the summary for people; `again` is the command line that continues."""
+        return "\n".join(self._lines(again))
 
-    def _lines(self, recipe: str) -> Iterator[str]:
+    def _lines(self, again: str) -> Iterator[str]:
         if self.num_new:
             yield from self.outcome.lines()
         for name, problem in self.failures.items():
             yield f"failed {name}: {problem}"
         yield f"{self.num_done:,} shards done, {self.num_new:,} of them now"
         if self.failures:
-            yield f"{len(self.failures):,} shards failed; to try them again: capfilt run {recipe}"
+            yield f"{len(self.failures):,} shards failed; to try them again: {again}"
         if self.is_stopped:
-            yield f"stopped between two rows; to continue: capfilt run {recipe}"
+            yield f"stopped between two rows; to continue: {again}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the same for machines; times are seconds, sizes bytes."""

@@ -1,0 +1,1 @@
+"""The commands of capfilt, by what a person wants to do."""

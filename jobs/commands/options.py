@@ -1,0 +1,30 @@
+"""What all commands share: their options, their panels in --help, and exit codes."""
+
+import shlex
+from typing import Annotated
+
+import typer
+
+DONE, SOME_FAILED, WRONG_INPUT = 0, 1, 2
+START, BUILD, TRAIN, LOOK, CLUSTER = (
+    "Start here",
+    "Build a corpus, in this order",
+    "Train and prove, in this order",
+    "Look at a corpus",
+    "On a cluster",
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="The corpus: a folder or fsspec URL.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print recipe and plan, do nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+
+
+def as_typed(command: str, recipe: str, sets: list[str] | None, *others: str) -> str:
+    """Return the line that gives a command again, ready to be pasted into a shell."""
+    overrides = [f"--set={each}" for each in sets or ()]
+    return shlex.join(["capfilt", command, recipe, *overrides, *others])

@@ -1,0 +1,37 @@
+"""What one tries first: the demo, and the schema that makes an editor help with recipes."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.commands.options import START, AsJson
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=START, epilog="Example: capfilt demo --quick")
+def demo(
+    root: Annotated[Path, typer.Option(help="Folder of the web and of the corpus.")] = Path(
+        "capfilt-demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller web.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the job on a synthetic, noisy web that is served on this machine."""
+    from jobs.demo.job import run_demo
+    from jobs.stop import stop_on_signals
+
+    with stop_on_signals() as should_stop:
+        summary = run_demo(root, is_quick=quick, should_stop=should_stop)
+    typer.echo(json.dumps(summary.to_json(), indent=2) if as_json else summary.text())
+    raise typer.Exit(summary.exit_code)
+
+
+@commands.command(rich_help_panel=START, epilog="Example: capfilt schema > recipe.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors that complete and check them."""
+    from jobs.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
