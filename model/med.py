@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.bert import BertConfig, KeysValues, LanguageHead, init_bert_weights
 from model.med_layers import MedLayer, Role, Sharing, TextEmbeddings, by_role, of_role
 from model.names.blip import bert_name, modern_bert_name
+from model.packing import PackedTexts
 
 ImageKeysValues = tuple[KeysValues, ...]  # one for each layer; keys and values are (B, h, P, D/h)
 
@@ -189,6 +190,23 @@ class MedText(nn.Module):
             text = layer.self_attention_of("encoder").project(hidden)
             if first_only and number == len(self.layers) - 1:
                 hidden = hidden[:, :1]
+            hidden = layer(hidden, "encoder", text, mask, image[number] if image else None)
+        return cast(Tensor, hidden)
+
+    def encode_packed(self, texts: PackedTexts, image: ImageKeysValues | None = None) -> Tensor:
+        """Return (B, n, D), the states of the first token of each text, packed image by image.
+
+        With `image`, from `project_image(..., "encoder")`, what `encode_with_image` returns of
+        texts that start with [ENC]; without, what `encode` does of texts that start with [CLS].
+        """
+        mask = texts.mask()
+        hidden = self._embeddings("encoder")(texts.token_ids, texts.positions)
+        for number, layer in enumerate(self._layers()):
+            text = layer.self_attention_of("encoder").project(hidden)
+            if number == len(self.layers) - 1:
+                hidden = texts.firsts(hidden)
+                rows = texts.first[:, None, :, None].expand(-1, -1, -1, mask.shape[3])
+                mask = mask.gather(2, rows)  # (B, 1, n, M)
             hidden = layer(hidden, "encoder", text, mask, image[number] if image else None)
         return cast(Tensor, hidden)
 

@@ -93,16 +93,16 @@ class TextEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return (R, T, D) for int64 `token_ids` (R, T) at `positions` (T,), from 0 if None.
+        """Return (R, T, D) for int64 `token_ids` (R, T) at `positions` (T,) or (R, T).
 
-        Raises ValueError for a text that is longer than the position table.
+        None counts from 0. Raises ValueError for a text that is longer than the position table.
         """
-        if token_ids.shape[1] > self.positions.num_embeddings:
-            raise ValueError(
-                f"a text of {token_ids.shape[1]} tokens; the model has "
-                f"{self.positions.num_embeddings} positions, so truncate when tokenising"
-            )
         if positions is None:
+            if token_ids.shape[1] > self.positions.num_embeddings:
+                raise ValueError(
+                    f"a text of {token_ids.shape[1]} tokens; the model has "
+                    f"{self.positions.num_embeddings} positions, so truncate when tokenising"
+                )
             positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         embedded = self.norm(self.words(token_ids) + self.positions(positions))
         dropped: Tensor = self.dropout(embedded)

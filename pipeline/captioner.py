@@ -1,0 +1,231 @@
+"""Synthetic captions: BLIP's captioner, asked n times about each image (BLIP, Sec. 3.3).
+
+A caption is a function of the weights, the image, the settings, and (seed, key, index): of no
+batch, worker or order. What that rests on is said at `Captioner.caption`.
+
+B images, n captions of an image, S side of what the model looks at.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import BertTokenizer
+
+from model.beam_search import BeamConfig, beam_search
+from model.capfilt import MedCaptioner
+from model.checkpoints import load_captioner
+from model.generation import (
+    DecodingConfig,
+    NucleusConfig,
+    greedy,
+    med_decoder,
+    nucleus,
+    uniform_draws,
+)
+from pipeline.image_decode import Pixels
+from pipeline.models import (
+    ImagePreprocessor,
+    ModelConfig,
+    bert_tokenizer,
+    resolve_model,
+    weights_fingerprint,
+)
+
+
+class Method(StrEnum):
+    """How captions are decoded."""
+
+    NUCLEUS = "nucleus"  # sampled: CapFilt's, for its captions say more that is new (Sec. 4.2)
+    BEAM = "beam"  # searched: the likeliest, and the safest
+    GREEDY = "greedy"
+
+
+class CaptionerConfig(ModelConfig):
+    """Which captioner, how many captions an image, and how they are decoded (BLIP, Sec. 3.3)."""
+
+    name: Annotated[str, Field(min_length=1)] = "Salesforce/blip-image-captioning-large"
+    """A captioning checkpoint of BLIP: on the hub, or a folder that transformers can read."""
+    num_captions: Annotated[int, Field(ge=1, le=1000)] = 1
+    """BLIP makes one an image, BLIP-2 ten (Sec. 3.4)."""
+    method: Method = Method.NUCLEUS
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Nucleus: sample among the likeliest tokens that together have this probability."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Nucleus: sample among at most so many tokens."""
+    min_length: Annotated[int, Field(ge=0, le=512)] = 5
+    """Tokens before which no caption ends; the prompt's count, as in BLIP."""
+    max_length: Annotated[int, Field(ge=1, le=512)] = 20
+    """Tokens at which every caption ends, prompt and end included."""
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.1
+    """Tokens so far, the prompt's too, lose by this factor; 1 switches it off."""
+    num_beams: Annotated[int, Field(ge=1, le=100)] = 3
+    prompt: str = "a picture of "
+    """What every caption goes on from; it is cut off again."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.num_captions > 1 and self.method is not Method.NUCLEUS:
+            raise ValueError(
+                f"num_captions is {self.num_captions}, but {self.method} finds one caption an "
+                f"image; use nucleus, or 1"
+            )
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length {self.min_length} is over max_length {self.max_length}")
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """Return what decides the captions, beside seed and weights: those have a fingerprint."""
+        common = {"method", "num_captions", "min_length", "max_length", "repetition_penalty"}
+        own = {
+            Method.NUCLEUS: {"top_p", "temperature", "top_k"},
+            Method.BEAM: {"num_beams"},
+            Method.GREEDY: set[str](),
+        }[self.method]
+        return self.model_dump(mode="json", include=common | own | {"prompt"})
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedCaption:
+    """One caption of an image: its number among them, its text, its tokens without the prompt."""
+
+    text: str
+    index: int
+    num_tokens: int
+
+
+class Captioner:
+    """A captioner on a device, with its tokenizer and preprocessing."""
+
+    def __init__(
+        self,
+        model: MedCaptioner,
+        tokenizer: BertTokenizer,
+        preprocessor: ImagePreprocessor,
+        config: CaptionerConfig,
+        *,
+        seed: int,
+        fingerprint: str = "",
+    ) -> None:
+        """`model` is on its device and in its dtype; `fingerprint` is that of its weights.
+
+        Raises ValueError for a prompt that the tokenizer does not know, or that leaves no room.
+        """
+        self.config = config
+        self.preprocessor = preprocessor
+        self.fingerprint = fingerprint
+        self._seed = seed
+        self._tokenizer = tokenizer
+        weight = model.image_encoder.patches.weight
+        self.device, self._dtype = weight.device, weight.dtype
+        self._model = model.eval().requires_grad_(False)
+        self._decoder = med_decoder(self._model)
+        ids = tokenizer(config.prompt)["input_ids"][:-1]  # without [SEP]
+        ids[0] = model.text.config.caption_start_id
+        self._prompt = torch.tensor([ids], device=self.device)  # (1, T)
+        self._check_prompt(ids)
+        self._decoding = self._decoding_config()
+        self._max_length = self._decoding.total_lengths(len(ids))[1]
+
+    @classmethod
+    def load(
+        cls,
+        config: CaptionerConfig,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Return the captioner that `config` names. Raises ModelError or CheckpointError."""
+        folder = resolve_model(config)
+        model = load_captioner(folder).to(device, dtype)
+        return cls(
+            model,
+            bert_tokenizer(folder, model.text.config),
+            ImagePreprocessor.of_folder(folder, model.image_encoder.config.image_size),
+            config,
+            seed=seed,
+            fingerprint=weights_fingerprint(folder),
+        )
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images are captioned together; calls with a multiple of it waste nothing."""
+        per_image = self.config.num_beams if self.config.method is Method.BEAM else 1
+        per_image = max(per_image, self.config.num_captions)
+        step = 16 // math.gcd(16, per_image)
+        return min(16, step * math.ceil(64 / (step * per_image)))
+
+    def preprocess(self, pixels: Pixels) -> Tensor:
+        """Return (3, S, S) float32 for (H, W, 3) RGB; safe to call from many threads."""
+        return self.preprocessor(pixels)
+
+    @torch.inference_mode()
+    def caption(self, pixels: Tensor, keys: Sequence[str]) -> list[list[GeneratedCaption]]:
+        """Return n captions for each of (B, 3, S, S) images; `keys` name their samples."""
+        if len(pixels) != len(keys):
+            raise ValueError(f"{len(pixels)} images with {len(keys)} keys")
+        captions: list[list[GeneratedCaption]] = []
+        for start in range(0, len(keys), self.images_at_once):
+            group = slice(start, start + self.images_at_once)
+            ids = self._decode(pixels[group].to(self.device, self._dtype), keys[group])
+            captions += self._texts(ids, len(keys[group]))
+        return captions
+
+    def _decode(self, pixels: Tensor, keys: Sequence[str]) -> Tensor:
+        """Return (B*n, L) ids of captions with their prompt."""
+        state = self._model.begin(pixels, max_length=self._max_length)
+        prompt = self._prompt.expand(len(pixels), -1)
+        if isinstance(self._decoding, NucleusConfig):
+            named = [(key, index) for key in keys for index in range(self.config.num_captions)]
+            length = self._max_length - prompt.shape[1]
+            draws = uniform_draws(self._seed, named, length, self.device)
+            return nucleus(self._decoder, state, prompt, self._decoding, draws)
+        if isinstance(self._decoding, BeamConfig):
+            return beam_search(self._decoder, state, prompt, self._decoding).ids
+        return greedy(self._decoder, state, prompt, self._decoding)
+
+    def _texts(self, ids: Tensor, num_images: int) -> list[list[GeneratedCaption]]:
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        length = self._prompt.shape[1]
+        generated = ids[:, length:]
+        special = torch.tensor([self._decoding.end_id, self._decoding.pad_id], device=ids.device)
+        counts = (~torch.isin(generated, special)).sum(dim=1).tolist()
+        per_image = len(texts) // num_images
+        rows = [
+            GeneratedCaption(text[len(self.config.prompt) :].strip(), number % per_image, count)
+            for number, (text, count) in enumerate(zip(texts, counts, strict=True))
+        ]
+        return [rows[start : start + per_image] for start in range(0, len(rows), per_image)]
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        # It is cut off captions by its length, as in BLIP.
+        read = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if len(read) != len(self.config.prompt.rstrip()):
+            raise ValueError(
+                f"the prompt {self.config.prompt!r} comes back from the tokenizer as {read!r}; "
+                f"use plain words of its vocabulary with single spaces"
+            )
+
+    def _decoding_config(self) -> DecodingConfig:
+        asked = self.config
+        common: dict[str, Any] = {
+            "end_id": self._tokenizer.sep_token_id,
+            "pad_id": self._tokenizer.pad_token_id,
+            "min_length": asked.min_length,
+            "max_length": asked.max_length,
+            "repetition_penalty": asked.repetition_penalty,
+        }
+        if asked.method is Method.NUCLEUS:
+            return NucleusConfig(
+                **common, top_p=asked.top_p, temperature=asked.temperature, top_k=asked.top_k
+            )
+        if asked.method is Method.BEAM:
+            return BeamConfig(**common, num_beams=asked.num_beams)
+        return DecodingConfig(**common)
