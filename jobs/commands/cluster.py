@@ -7,7 +7,6 @@ import typer
 from jobs.commands.options import CLUSTER, DONE, AsJson, Overrides, RecipeFile, Root, as_typed
 
 if TYPE_CHECKING:  # a command imports what it needs, so that --help and schema are instant
-    from jobs.job_server import JobServer
     from jobs.job_server import Attempt, JobServer
 
 INTERRUPTED = 130
