@@ -218,14 +218,18 @@ class Corpus:
                 return self.store.full(path)
         raise _changed(record, suffix, "is missing")
 
+    def copy_path(self, record: ShardRecord, suffix: str, folder: str) -> str:
+        """Return where `local_copy` puts a file; the name tells its content too."""
+        digest = commit.file_of(record, suffix).sha256[:16]
+        return os.path.join(folder, f"{record.name.replace('/', '-')}.{digest}.{suffix}")
+
     def local_copy(self, record: ShardRecord, suffix: str, folder: str) -> str:
         """Return the path of a copy in a local folder, made and its hash checked if not yet there.
 
         Raises ShardError. Safe to call from many processes for the same file.
         """
         file = commit.file_of(record, suffix)
-        name = f"{record.name.replace('/', '-')}.{file.sha256[:16]}.{suffix}"
-        target = os.path.join(folder, name)
+        target = self.copy_path(record, suffix, folder)
         if os.path.exists(target) and os.path.getsize(target) == file.bytes:
             return target
         os.makedirs(folder, exist_ok=True)

@@ -1,0 +1,1 @@
+"""What the loader is made of: its order, its index, its cache, its images and its workers."""
