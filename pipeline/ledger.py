@@ -72,6 +72,23 @@ class LedgerWriter:
         if len(self._rows) == self._rows_per_group:
             self._flush()
 
+    def write_table(self, table: pa.Table) -> None:
+        """Add many rows at once, as a row group of their own; for those made column by column.
+
+        Raises ValueError as `write` does, and for other columns than the schema's.
+        """
+        table = table.cast(self._schema)
+        groups = table.select(["verdict", "reason"]).group_by(["verdict", "reason"])
+        tally: Counter[tuple[str, str]] = Counter()
+        for found in groups.aggregate([([], "count_all")]).to_pylist():
+            verdict, reason = Verdict(found["verdict"]), found["reason"]
+            if (verdict is Verdict.KEPT) != (reason == ""):
+                raise ValueError(f"{found['count_all']} rows are {verdict} with reason {reason!r}")
+            tally[verdict, reason] = found["count_all"]
+        self._flush()
+        self._tally.update(tally)
+        self._file.write_table(table)
+
     def _flush(self) -> None:
         if self._rows:
             self._file.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
