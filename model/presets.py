@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from transformers import OPTConfig, PreTrainedConfig, T5Config
 
+from model.bert import BertConfig
 from model.capfilt import MedCaptioner, MedFilter
 from model.llm import FrozenLlm, build_llm
 from model.med import TINY_MED, MedConfig
@@ -250,6 +251,71 @@ def _tiny_blip2() -> Blip2Preset:
     )
 
 
+# What the demo trains: pictures of 48 px, captions of a hundred words, minutes on two cores. Its
+# image encoder is given, as ImageNet's is to BLIP and CLIP's to BLIP-2.
+DEMO_VIT = VisionConfig(
+    image_size=48,
+    patch_size=8,
+    width=96,
+    num_layers=2,
+    num_heads=4,
+    mlp_width=384,
+    has_key_bias=False,
+    has_norm_after=False,
+    stem_widths=(24, 48, 96),
+)
+_DEMO_BERT = BertConfig(
+    vocab_size=130, width=96, num_layers=2, num_heads=4, ffn_width=384, max_positions=64
+)
+
+
+def _demo_med() -> MedPreset:
+    return MedPreset(
+        # One block more than is given: what MED itself learns of images.
+        vision=replace(DEMO_VIT, num_layers=3, has_key_bias=True, has_norm_after=True),
+        med=MedConfig(
+            bert=_DEMO_BERT,
+            image_width=DEMO_VIT.width,
+            caption_start_id=128,
+            match_start_id=129,
+        ),
+        objectives=MedObjectives(joint_width=64, queue_size=32, momentum=0.9),
+        training=replace(_TINY_TRAINING, global_batch_size=32, peak_rate=2e-3, num_steps=600),
+        fine_tuned_image_size=DEMO_VIT.image_size,
+    )
+
+
+def _demo_blip2() -> Blip2Preset:
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        ffn_dim=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    qformer = QFormerConfig(
+        vocab_size=129,
+        width=96,
+        num_layers=2,
+        num_heads=4,
+        ffn_width=384,
+        max_positions=64,
+        num_queries=8,
+        image_width=DEMO_VIT.width,
+        cross_attention_every=1,
+    )
+    training = replace(_TINY_TRAINING, global_batch_size=32, peak_rate=2e-3, num_steps=350)
+    return Blip2Preset(
+        vision=DEMO_VIT,
+        stage1=Stage1Config(qformer=qformer, joint_width=64, caption_start_id=128),
+        llm=LlmPreset(name=None, dtype=torch.float32, config=config),
+        stage1_training=training,
+        stage2_training=training,
+    )
+
+
 def _vit_g(llm: LlmPreset, stage2_batch_size: int) -> Blip2Preset:
     return Blip2Preset(llm=llm, stage2_training=_stage2_training(stage2_batch_size))
 
@@ -266,13 +332,14 @@ def _vit_l(llm: LlmPreset, stage2_batch_size: int) -> Blip2Preset:
 
 # BLIP (Table 10 compares the sizes); "large" is ViT-L with the same text stack.
 MED_PRESETS: Mapping[str, MedPreset] = MappingProxyType(
-    {"tiny": _tiny_med(), "base": MedPreset(), "large": _large_med()}
+    {"tiny": _tiny_med(), "demo": _demo_med(), "base": MedPreset(), "large": _large_med()}
 )
 
 # BLIP-2 (Table 2); its stage 1 does not depend on the language model.
 BLIP2_PRESETS: Mapping[str, Blip2Preset] = MappingProxyType(
     {
         "tiny": _tiny_blip2(),
+        "demo": _demo_blip2(),
         "blip2-opt-2.7b": _vit_g(_OPT_2_7B, 1920),
         "blip2-opt-6.7b": _vit_g(_OPT_6_7B, 1920),
         "blip2-flan-t5-xl": _vit_g(_FLAN_T5_XL, 1520),

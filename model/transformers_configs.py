@@ -115,11 +115,15 @@ def _tower(config: object, like: VisionConfig) -> VisionConfig:
         num_heads=_sane(theirs.num_attention_heads, "width"),
         mlp_width=_sane(theirs.intermediate_size, "width"),
         norm_eps=theirs.layer_norm_eps,
+        stem_widths=tuple(_sane(w, "width") for w in getattr(theirs, "stem_widths", ())),
     )
 
 
 def _tower_to_theirs(vision: VisionConfig) -> dict[str, object]:
-    return {
+    # transformers has no convolutional stem. Our loaders read it back; theirs stops at the shape of
+    # the patch embedding, and never computes something else in silence.
+    ours_alone = {"stem_widths": list(vision.stem_widths)} if vision.stem_widths else {}
+    return ours_alone | {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "hidden_size": vision.width,

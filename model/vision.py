@@ -44,6 +44,9 @@ class VisionConfig:
     align_corners: bool = False  # how positions are resized to another resolution
     is_residual_fp32: bool = True  # in mixed precision; False follows the patch embedding (CLIP)
     drop_path: float = 0.0  # chance to skip the last block; grows linearly from 0 at the first
+    # Convolutions in front of the patches, each halving the picture's side: a transformer learns
+    # from far fewer images then (Xiao et al., 2021, "Early convolutions"). No tower of the papers.
+    stem_widths: tuple[int, ...] = ()
     checkpoint_activations: bool = False  # trade a second forward pass for memory when training
     init_std: float = 0.02
 
@@ -52,10 +55,20 @@ class VisionConfig:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
+        if self.patch_size % self.stem_factor:
+            raise ValueError(
+                f"patch_size {self.patch_size} is not a multiple of {self.stem_factor}, by which "
+                f"{len(self.stem_widths)} convolutions shrink the picture"
+            )
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}; a probability below 1 was expected")
+
+    @property
+    def stem_factor(self) -> int:
+        """By how much the stem shrinks a picture's sides."""
+        return int(2 ** len(self.stem_widths))
 
     @property
     def num_tokens(self) -> int:
@@ -99,9 +112,10 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patches = nn.Conv2d(
-            3, config.width, config.patch_size, config.patch_size, bias=config.has_patch_bias
-        )
+        self.stem = _stem(config.stem_widths)
+        side = config.patch_size // config.stem_factor
+        channels = (3, *config.stem_widths)[-1]
+        self.patches = nn.Conv2d(channels, config.width, side, side, bias=config.has_patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.positions = nn.Parameter(torch.zeros(1, config.num_tokens, config.width))
         self.norm_before = _optional_norm(config, config.has_norm_before)
@@ -140,7 +154,8 @@ class ImageEncoder(nn.Module):
                 f"pixels are {tuple(pixels.shape)}, not (B, 3, {size}, {size}); resize the images, "
                 f"or call change_resolution to resize the position embeddings"
             )
-        patches = self.patches(pixels.to(self.patches.weight.dtype))  # (B, C, G, G)
+        pixels = pixels.to(self.patches.weight.dtype)
+        patches = self.patches(pixels if self.stem is None else self.stem(pixels))  # (B, C, G, G)
         patches = patches.flatten(2).transpose(1, 2)  # (B, G*G, C)
         dtype = patches.dtype
         if self.config.is_residual_fp32:  # fp32 unless the whole model was cast to less
@@ -162,6 +177,14 @@ class ImageEncoder(nn.Module):
         )
         self.positions = nn.Parameter(resized, requires_grad=self.positions.requires_grad)
 
+    def freeze(self, num_layers: int) -> None:
+        """Stop all below block `num_layers` from learning: stem, patches, positions and blocks."""
+        self.cls_token.requires_grad_(False)
+        self.positions.requires_grad_(False)
+        for module in (self.stem, self.patches, self.norm_before, *self.layers[:num_layers]):
+            if module is not None:
+                module.requires_grad_(False)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew: truncated N(0, init_std), zero biases, LayerNorm (1, 0)."""
@@ -175,6 +198,10 @@ class ImageEncoder(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, VisionAttention):
                 module.reset_biases()
+        if self.stem is not None:  # its ReLUs halve the variance
+            for module in self.stem.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.trunc_normal_(self.cls_token, std=std)
         nn.init.trunc_normal_(self.positions, std=std)
 
@@ -329,6 +356,15 @@ def resize_positions(positions: Tensor, *, side: int, align_corners: bool) -> Te
     resized = F.interpolate(grid, (side, side), mode="bicubic", align_corners=align_corners)
     patches = resized.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, side*side, C)
     return torch.cat((positions[:, :1], patches), dim=1)
+
+
+def _stem(widths: tuple[int, ...]) -> nn.Sequential | None:
+    """Two convolutions for each width, the first of which halves the picture's sides."""
+    layers: list[nn.Module] = []
+    for before, width in zip((3, *widths), widths, strict=False):
+        layers += [nn.Conv2d(before, width, 3, 2, 1), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 3, 1, 1), nn.ReLU()]
+    return nn.Sequential(*layers) if layers else None
 
 
 def _optional_norm(config: VisionConfig, is_present: bool) -> nn.LayerNorm | None:

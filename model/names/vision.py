@@ -159,6 +159,7 @@ _TRANSFORMERS_BLIP = (  # of the Blip and Blip2 classes
     Rename("cls_token", "embeddings.class_embedding"),
     Rename("positions", "embeddings.position_embedding"),
     Rename("patches.{}", "embeddings.patch_embedding.{}"),
+    Rename("stem.{}.{}", "embeddings.stem.{}.{}"),  # ours alone
     Rename("layers.{}.attention.qkv.{}", "encoder.layers.{}.self_attn.qkv.{}"),
     Rename("layers.{}.attention.output.{}", "encoder.layers.{}.self_attn.projection.{}"),
     *_TRANSFORMERS_MLP,
