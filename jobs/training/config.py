@@ -60,6 +60,11 @@ class StageConfig(BaseModel):
     image_size_px: _Positive | None = Field(
         default=None, description="Side of the images that the model sees."
     )
+    augmentation: Literal["resize", "crop", "crop_randaugment"] | None = Field(
+        default=None,
+        description="What is done to images: 'crop' flips too, so captions that say left or right "
+        "ask for 'resize'. Left out: crop for BLIP-2, with RandAugment for BLIP.",
+    )
     start_from: str | None = Field(
         default=None,
         description="Folder of a Hugging Face model to start from; left out: the export of the "
@@ -163,7 +168,7 @@ class TrainingConfig(BaseModel):
         description="BERT tokenizer of MED and Q-Former, a folder or a name on the hub; 'corpus' "
         "makes one of the words of the corpus.",
     )
-    vocabulary_size: Annotated[int, Field(ge=64, le=1_000_000)] = Field(
+    vocabulary_size: Annotated[int, Field(ge=256, le=1_000_000)] = Field(
         default=8192, description="Most words of a tokenizer made of the corpus."
     )
     med_data: Literal["raw", "clean"] = Field(
