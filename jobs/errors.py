@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RecipeError(UserError):
     """A recipe that cannot be used: says which file, key, value and reason, one problem a line."""
+
+
+class RunError(Exception):
+    """A run broke off, through no fault of the recipe; ends the command with exit code 1."""

@@ -1,8 +1,8 @@
 """Progress of long work: a live bar in a terminal, a plain line now and then anywhere else."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -126,25 +126,52 @@ class _BarMeter:
         self.bar.update(self.task, advance=done, kept=self.count.kept_text())
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """One stage to be shown: what it is called, how many rows it has, how many it had before."""
+
+    title: str
+    total: int
+    resumed: int = 0
+
+
 @contextmanager
 def stage_meter(
     title: str, total: int, *, unit: str, resumed: int = 0, stream: TextIO
 ) -> Iterator[Meter]:
     """Show the progress of one stage on `stream`, from `resumed` of `total` on, until left."""
-    count = StageCount(title, total, unit, resumed=resumed)
-    if not stream.isatty():
-        with _LineMeter(count, stream) as lines:
-            yield lines
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(unit),
-        TextColumn("{task.fields[kept]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=stream)) as bar:
-        task = bar.add_task(title, total=total, completed=resumed, kept="")
-        yield _BarMeter(count, bar, task)
+    with stage_meters([Stretch(title, total, resumed)], unit=unit, stream=stream) as meters:
+        yield meters[title]
+
+
+@contextmanager
+def stage_meters(
+    stretches: Sequence[Stretch], *, unit: str, stream: TextIO
+) -> Iterator[dict[str, Meter]]:
+    """Show the progress of several stages at once, until left; the meters are by title."""
+    counts = [StageCount(each.title, each.total, unit, resumed=each.resumed) for each in stretches]
+    with ExitStack() as shown:
+        if not stream.isatty():
+            yield {
+                each.title: shown.enter_context(_LineMeter(each, stream))
+                for each in reversed(counts)  # which are left, and written, in their own order
+            }
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(unit),
+            TextColumn("{task.fields[kept]}"),
+            TimeRemainingColumn(),
+        )
+        bar = shown.enter_context(Progress(*columns, console=Console(file=stream)))
+        yield {
+            each.title: _BarMeter(
+                each,
+                bar,
+                bar.add_task(each.title, total=each.total, completed=each.resumed, kept=""),
+            )
+            for each in counts
+        }

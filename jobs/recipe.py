@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from jobs.errors import RecipeError
+from jobs.run_config import RunConfig
 from jobs.yaml_lines import LocatedYaml, parse_yaml
 from pipeline.download import DownloadConfig
 from pipeline.sources.config import SourceConfig
@@ -40,6 +41,9 @@ class Recipe(BaseModel):
     )
     download: DownloadConfig = Field(
         default_factory=DownloadConfig, description="What becomes of a downloaded image."
+    )
+    run: RunConfig = Field(
+        default_factory=RunConfig, description="Workers, resources and patience; pace alone."
     )
 
     def content(self) -> dict[str, Any]:

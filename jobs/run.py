@@ -1,84 +1,94 @@
-"""A data run, in order: is this the corpus's recipe, what is missing, make it, tidy up."""
+"""A data run, in order: is the corpus this recipe's and free, what is missing, make it, sum up."""
 
-import hashlib
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
 import yaml
 
+from jobs.board import Board
+from jobs.chain import lay_out
 from jobs.corpus_root import open_corpus
-from jobs.errors import UserError
-from jobs.plan import SourcePlan, plan_run
-from jobs.progress import Meter, stage_meter
+from jobs.durable import Condition, Heart, driving
+from jobs.errors import RunError, UserError
+from jobs.in_process import work_in_process
+from jobs.progress import Stretch, stage_meters
 from jobs.recipe import Recipe
+from jobs.stages.download import Visit
+from jobs.stages.stage import Stage
+from jobs.stages.stages import chain_of, stages_of
 from jobs.summary import RunSummary
+from jobs.watching import Watching
 from pipeline.corpus import Corpus
-from pipeline.download import STAGE, Downloader, ShardDownload, Watch
-from pipeline.download_order import DownloadStoppedError
-from pipeline.download_row import RowResult
-from pipeline.fetch import Fetcher
 from pipeline.runfile import FingerprintError, RunFileError, check_same
-from pipeline.sample import ShardError, Verdict, canonical_json
-from pipeline.sources.rows import SourceError
-from pipeline.sources.shards import SourceShard, read_shard
+
+ShouldStop = Callable[[], bool]
 
 
-def download(recipe: Recipe, should_stop: Callable[[], bool]) -> RunSummary:
-    """Make every raw shard that is missing; what exists is left as it is.
+def run(
+    recipe: Recipe, should_stop: ShouldStop, *, address: str | None = None, command: str = ""
+) -> RunSummary:
+    """Make all that is missing, every stage as soon as the one above has a shard for it.
 
-    Raises UserError when the corpus was begun with another recipe or a source cannot be read.
+    `address` is a Ray cluster's; `command` is what was typed. Raises UserError when the corpus was
+    begun with another recipe, another run is at work on it, or a source cannot be read, and
+    RunError when it breaks off.
     """
-    with _opened(recipe) as corpus:
-        plans = plan_run(recipe, corpus)
-        _refuse_other_makers(plans, fingerprint(recipe))
-        work = [(plan, shard) for plan in plans for shard in plan.missing]
-        total = sum(plan.num_records for plan in plans)
-        reached = total - sum(shard.num_records for _, shard in work)
-        with _downloader(recipe, corpus, total, reached, should_stop) as downloader:
-            summary = _each_shard(
-                work,
-                lambda plan, shard: downloader.download(
-                    plan.config.name, shard.index, read_shard(plan.config, shard)
-                ),
-            )
-        summary.num_done += sum(len(plan.done) for plan in plans)
-        return summary
+    return _work(recipe, chain_of(recipe), should_stop, address=address, command=command)
+
+
+def download(
+    recipe: Recipe, should_stop: ShouldStop, *, address: str | None = None, command: str = ""
+) -> RunSummary:
+    """Make every raw shard that is missing. Raises as `run` does."""
+    stages = stages_of(recipe, ["download"])
+    return _work(recipe, stages, should_stop, address=address, command=command)
 
 
 def retry(
-    recipe: Recipe, should_stop: Callable[[], bool], *, is_only_transient: bool = True
+    recipe: Recipe,
+    should_stop: ShouldStop,
+    *,
+    is_only_transient: bool = True,
+    address: str | None = None,
+    command: str = "",
 ) -> RunSummary:
     """Visit the failed rows of committed shards again; what succeeded is copied byte for byte.
 
-    Raises UserError as `download` does.
+    Raises as `run` does.
     """
-    with _opened(recipe) as corpus:
-        plans = plan_run(recipe, corpus)
-        _refuse_other_makers(plans, fingerprint(recipe))
-        work = [(plan, shard) for plan in plans for shard in plan.committed]
-        total = sum(sum(plan.done[s.index].counts.failed.values()) for plan, s in work)
-        with _downloader(recipe, corpus, total, 0, should_stop) as downloader:
-            return _each_shard(
-                work,
-                lambda plan, shard: downloader.retry(
-                    plan.done[shard.index],
-                    read_shard(plan.config, shard),
-                    is_only_transient=is_only_transient,
-                ),
-            )
+    visit = Visit.TRANSIENT if is_only_transient else Visit.FAILED
+    stages = stages_of(recipe, ["download"], visit=visit)
+    return _work(recipe, stages, should_stop, address=address, command=command)
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """Return the name of all that decides a raw shard's bytes."""
-    return hashlib.sha256(canonical_json(recipe.content()).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _opened(recipe: Recipe) -> Iterator[Corpus]:
-    """Give the corpus if it is this recipe's, tidied before and after."""
+def _work(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    should_stop: ShouldStop,
+    *,
+    address: str | None,
+    command: str,
+) -> RunSummary:
     corpus = open_corpus(recipe.root)
+    _check_recipe(recipe, corpus)
+    with driving(corpus, recipe.run, name=recipe.name, command=command) as heart:
+        corpus.sweep()
+        board = lay_out(recipe, corpus, stages)
+        with _watching(board, heart, should_stop) as watching:
+            _make(recipe, stages, watching, address or os.environ.get("RAY_ADDRESS"))
+        if heart.is_lost:
+            raise RunError(f"{corpus.root}: another run has taken over, and goes on from here")
+        corpus.sweep()
+        summary = RunSummary.of(watching)
+        heart.tell(condition=_condition(summary))
+    return summary
+
+
+def _check_recipe(recipe: Recipe, corpus: Corpus) -> None:
+    """Return if the corpus is this recipe's, or is so from now on."""
     description = {
         "capfilt": version("capfilt"),
         "recipe": recipe.model_dump(mode="json"),
@@ -89,59 +99,43 @@ def _opened(recipe: Recipe) -> Iterator[Corpus]:
         check_same(yaml.safe_load(stored)["content"], recipe.content())
     except (FingerprintError, RunFileError) as error:
         raise UserError(f"{corpus.root}: {error}") from error
-    corpus.sweep()
-    yield corpus
-    corpus.sweep()
 
 
-def _refuse_other_makers(plans: list[SourcePlan], current: str) -> None:
-    for plan in plans:
-        for record in plan.done.values():
-            if record.fingerprint != current:
-                raise UserError(
-                    f"shard {record.name} was made by another recipe (fingerprint "
-                    f"{record.fingerprint}, now {current}); a corpus never mixes recipes: delete "
-                    f"{STAGE}/{record.source} or write to another root"
-                )
+def _make(recipe: Recipe, stages: Sequence[Stage], watching: Watching, address: str | None) -> None:
+    config = recipe.run
+    if not config.wants_ray(address) or watching.board.is_finished:
+        work_in_process(stages, watching.board, watching)
+        return
+    # Importing Ray takes a second, which a run in one process does not spend.
+    from jobs.driver import work_on_ray
+    from jobs.ray_start import ray_place
+
+    with ray_place(config, [stage.name for stage in stages], address) as place:
+        watching.heart.tell(engine="ray")
+        work_on_ray(stages, watching.board, watching, config, place)
 
 
 @contextmanager
-def _downloader(
-    recipe: Recipe, corpus: Corpus, total: int, reached: int, should_stop: Callable[[], bool]
-) -> Iterator[Downloader]:
-    with (
-        Fetcher(recipe.fetch) as fetcher,
-        stage_meter("download", total, unit="rows", resumed=reached, stream=sys.stderr) as meter,
-    ):
-        yield Downloader(
-            corpus,
-            recipe.download,
-            fetcher,
-            fingerprint=fingerprint(recipe),
-            blocklist=recipe.fetch.blocklist,
-            watch=Watch(on_row=_counter(meter), should_stop=should_stop),
+def _watching(board: Board, heart: Heart, should_stop: ShouldStop) -> Iterator[Watching]:
+    stretches = [
+        Stretch(
+            stage.name,
+            sum(task.num_rows for task in stage.tasks.values()),
+            sum(stage.tasks[key].num_rows for key in stage.done),
         )
-
-
-def _counter(meter: Meter) -> Callable[[RowResult], None]:
-    def count(result: RowResult) -> None:
-        meter.advance(1, int(result.verdict is Verdict.KEPT))
-
-    return count
-
-
-def _each_shard(
-    work: list[tuple[SourcePlan, SourceShard]],
-    make: Callable[[SourcePlan, SourceShard], ShardDownload],
-) -> RunSummary:
-    """Make one shard after the other; one that fails is set aside and the rest go on."""
-    summary = RunSummary()
-    for plan, shard in work:
+        for stage in board.stages
+        if not stage.is_given
+    ]
+    with stage_meters(stretches, unit="rows", stream=sys.stderr) as meters:
+        watching = Watching(board, meters, heart, should_stop)
+        watching.tell(is_last=True)
         try:
-            summary.add(make(plan, shard))
-        except DownloadStoppedError:
-            summary.is_stopped = True
-            break
-        except (ShardError, SourceError) as error:
-            summary.failures[f"{STAGE}/{plan.config.name}/{shard.index:05d}"] = str(error)
-    return summary
+            yield watching
+        finally:
+            watching.tell(is_last=True)
+
+
+def _condition(summary: RunSummary) -> Condition:
+    if summary.is_stopped:
+        return Condition.STOPPED
+    return Condition.SOME_FAILED if summary.failures else Condition.DONE
