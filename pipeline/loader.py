@@ -1,4 +1,4 @@
-"""Training batches from a corpus's clean shards, in an order that no process can change.
+"""Training batches from a corpus's shards, in an order that no process can change.
 
     with Loader(corpus, LoaderConfig(global_batch_size=256), rank=rank, world_size=8) as loader:
         loader.load_state_dict(checkpoint["loader"])

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from fractions import Fraction
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,10 +53,12 @@ class LoaderConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    stage: Literal["clean", "raw"] = "clean"
+    """Which shards are read; raw ones are the web as it came, with no caption filtered or made."""
     global_batch_size: Annotated[int, Field(ge=1, le=2**20)] = 2880
     """Samples per optimizer step over all ranks and micro-batches."""
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
-    """The sources to read; empty: all that the corpus has clean shards of."""
+    """The sources to read; empty: all that the corpus has shards of."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides order, captions and augmentation."""
     group_shards: Annotated[int, Field(ge=1, le=10_000)] = 16

@@ -1,4 +1,4 @@
-"""Which clean shards there are to train on, and how many records each holds."""
+"""Which shards there are to train on, and how many records each holds."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from pipeline.record import ShardRecord
 from pipeline.sample import ShardError
 
 _log = logging.getLogger(__name__)
-_STAGE = "clean"
+_MAKES = {"clean": "run the selection (`capfilt run`)", "raw": "download it (`capfilt download`)"}
 _NUM_READERS = 16
 
 
@@ -71,13 +71,13 @@ class SampleIndex:
 
 
 def read_index(corpus: Corpus, config: LoaderConfig) -> SampleIndex:
-    """Return the index of a corpus's committed clean shards.
+    """Return the index of a corpus's committed shards of one stage.
 
     Reads every ledger's small columns once. Raises LoaderError where there is nothing to train on.
     """
     split = Split(config.holdout_fraction, config.is_holdout)
     names = _source_names(corpus, config)
-    sources = [_read_source(corpus, name, split) for name in names]
+    sources = [_read_source(corpus, config.stage, name, split) for name in names]
     empty = [source.name for source in sources if not source.num_records]
     if empty:
         _log.warning("%s: nothing in %s to load on this side", corpus.root, _listed(empty))
@@ -93,28 +93,29 @@ def read_index(corpus: Corpus, config: LoaderConfig) -> SampleIndex:
 
 
 def _source_names(corpus: Corpus, config: LoaderConfig) -> list[str]:
-    there = corpus.sources(_STAGE)
+    there = corpus.sources(config.stage)
     unknown = sorted(config.sources.keys() - set(there))
     if unknown:
         raise LoaderError(
-            f"corpus {corpus.root}: source {_listed(unknown)} has no clean shards, only "
-            f"{_listed(there) or 'none'} has; correct `sources` or run the selection first"
+            f"corpus {corpus.root}: source {_listed(unknown)} has no {config.stage} shards, "
+            f"only {_listed(there) or 'none'} has; correct `sources`, or {_MAKES[config.stage]} "
+            "first"
         )
     names = sorted(config.sources) or there
     if not names:
         raise LoaderError(
-            f"corpus {corpus.root} has no committed clean shard; run the selection (`capfilt run`) "
+            f"corpus {corpus.root} has no committed {config.stage} shard; {_MAKES[config.stage]} "
             "before training"
         )
     return names
 
 
-def _read_source(corpus: Corpus, name: str, split: Split) -> SourceShards:
-    shards = corpus.shards(_STAGE, name)
+def _read_source(corpus: Corpus, stage: str, name: str, split: Split) -> SourceShards:
+    shards = corpus.shards(stage, name)
     if not shards:
         raise LoaderError(
-            f"corpus {corpus.root}: source {name!r} has no committed clean shard; run the "
-            "selection (`capfilt run`) before training"
+            f"corpus {corpus.root}: source {name!r} has no committed {stage} shard; "
+            f"{_MAKES[stage]} before training"
         )
     return SourceShards(name, tuple(shards), tuple(_count(corpus, shards, split)))
 

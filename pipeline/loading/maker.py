@@ -37,11 +37,14 @@ class OpenShard:
     def __init__(self, record: ShardRecord, cache: ShardCache, index: SampleIndex) -> None:
         """Raises LoaderError or ShardError."""
         self.record = record
-        self._descriptor = -1
-        ledger = _open(cache, record, "parquet")
-        with os.fdopen(ledger, "rb") as stream:
-            self.table = ShardTable(record, stream, index.split)
+        self._descriptor = -1  # until it is open; `close` is called whatever happens
         self._descriptor = _open(cache, record, "tar")
+        ledger = _open(cache, record, "parquet")
+        with (
+            os.fdopen(ledger, "rb") as stream,
+            os.fdopen(os.dup(self._descriptor), "rb") as tar,
+        ):
+            self.table = ShardTable(record, stream, index.split, tar)
         size, expected = os.fstat(self._descriptor).st_size, record.files["tar"].bytes
         if size != expected:
             raise LoaderError(

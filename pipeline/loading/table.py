@@ -1,4 +1,4 @@
-"""The trainable records of one clean shard, read from its ledger: where images lie, which texts.
+"""The trainable records of one shard, read from its ledger: where images lie, which texts.
 
 A *record* is what a batch is made of. An image of the web is one record, whichever of its kept
 captions is drawn for it; an annotated image is one record for each of its human captions (BLIP-2
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.loading.config import LoaderError
 from pipeline.loading.draws import hash63
+from pipeline.loading.raw import RAW_COLUMNS, raw_table
 from pipeline.record import ShardRecord
 from pipeline.sample import Origin, Verdict
 
@@ -67,9 +68,11 @@ class _Rows:
 class ShardTable:
     """The records of one shard."""
 
-    def __init__(self, record: ShardRecord, file: str | BinaryIO, split: Split) -> None:
-        """Raises LoaderError for a ledger that cannot be read or is not a clean shard's."""
-        rows = _records(_read(record, file, _LOADED), record.source, split)
+    def __init__(
+        self, record: ShardRecord, file: str | BinaryIO, split: Split, tar: BinaryIO
+    ) -> None:
+        """Raises LoaderError for a ledger that cannot be read or is not of its stage."""
+        rows = _records(_read(record, file, _LOADED, tar), record.source, split)
         self._row, self._start = rows.row, rows.start
         self._keys = rows.table["key"].combine_chunks()
         self._image_ids = rows.image_ids
@@ -96,18 +99,26 @@ class ShardTable:
 
 def count_records(record: ShardRecord, file: str | BinaryIO, split: Split) -> int:
     """Return how many records a shard has, without reading its texts. Raises LoaderError."""
-    return len(_records(_read(record, file, _COUNTED), record.source, split).row)
+    return len(_records(_read(record, file, _COUNTED, None), record.source, split).row)
 
 
-def _read(record: ShardRecord, file: str | BinaryIO, columns: Sequence[str]) -> pa.Table:
+def _read(
+    record: ShardRecord, file: str | BinaryIO, columns: Sequence[str], tar: BinaryIO | None
+) -> pa.Table:
+    if record.stage == "raw":
+        return raw_table(record, _columns(record, file, RAW_COLUMNS), tar)
+    return _columns(record, file, columns)
+
+
+def _columns(record: ShardRecord, file: str | BinaryIO, columns: Sequence[str]) -> pa.Table:
     try:
         ledger = pq.ParquetFile(file)
         missing = [name for name in columns if not _has(ledger.schema_arrow, name)]
         if missing:
             raise LoaderError(
                 f"shard {record.name}: its ledger {record.name}.parquet lacks "
-                f"{', '.join(missing)}; it was not written by this version's selection. Run the "
-                "selection again for this corpus"
+                f"{', '.join(missing)}; it was not written by this version. Make the shard "
+                "again for this corpus"
             )
         return ledger.read(columns=list(columns))
     except (pa.ArrowInvalid, OSError, KeyError) as error:
