@@ -71,7 +71,8 @@ def beam_search(
 ) -> FoundCaptions:
     """Return the best caption that the search finds for each image.
 
-    `prompt_ids` is (B, T) int64 without padding, `state` has B rows: each prompt is read once. The
+    `prompt_ids` is (B, T) int64 without padding, but a row of nothing else stands for no image, and
+    nothing is found for it. `state` has B rows: each prompt is read once. The
     ids hold the prompt, the caption, its end if it came before `max_length`, then padding.
     """
     (batch, first), k = prompt_ids.shape, config.num_beams
@@ -81,7 +82,7 @@ def beam_search(
     every = rows.repeat_interleave(k)  # (R,)
     logits, state = logits.index_select(0, every), decoder.reorder(state, every)
     open_beams, ended = _start(prompt_ids, config, max_length)
-    may_improve = torch.ones_like(rows, dtype=torch.bool)
+    may_improve = prompt_ids[:, 0] != config.pad_id
     for length in range(first, max_length):
         candidates, source = _continue(logits, open_beams, first, length, config)
         is_end = candidates.ids[:, :, length] == config.end_id

@@ -11,17 +11,22 @@ longest caption with its prompt, V vocabulary.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from model.capfilt import MedCaptioner
 from model.med import DecoderState
+from model.packing import whole_tiles
 from model.qformer import CaptionCache, QFormer
 
 State = TypeVar("State")
+Row = npt.NDArray[np.float32]
+
+_MANY_TOKENS = 2048  # a vocabulary that is worth the trouble of not sorting all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +36,13 @@ class Decoder(Generic[State]):
     `step` reads the next tokens (R, t) int64 of every caption and returns the (R, V) logits of what
     follows, with a state that holds these tokens too; the old state is used up. `reorder` takes a
     state and an int64 index (R',), and continues row i from what was row `index[i]`; a row stays
-    with its image.
+    with its image. `keep` takes the same, and goes on with these rows alone, the other captions
+    being over; None: all rows are decoded until the last is over.
     """
 
     step: Callable[[Tensor, State], tuple[Tensor, State]]
     reorder: Callable[[State, Tensor], State]
+    keep: Callable[[State, Tensor], State] | None = None
 
 
 def med_decoder(captioner: MedCaptioner) -> Decoder[DecoderState]:
@@ -43,7 +50,7 @@ def med_decoder(captioner: MedCaptioner) -> Decoder[DecoderState]:
 
     Begin with `num_captions` 1, whatever follows, and with room for `max_length` tokens.
     """
-    return Decoder(captioner.step, DecoderState.reordered)
+    return Decoder(captioner.step, DecoderState.reordered, DecoderState.kept)
 
 
 def qformer_decoder(qformer: QFormer) -> Decoder[CaptionCache]:
@@ -143,8 +150,9 @@ def nucleus(
 ) -> Tensor:
     """Sample captions from the smallest set of tokens that has probability `top_p`.
 
-    (BLIP, Sec. 3.3; Holtzman et al. 2020.) `prompt_ids` is (B, T) int64, without padding; `draws`
-    (R, at least L - T) float32 comes from `uniform_draws`, R a multiple of B. Returns (R, L) int64:
+    (BLIP, Sec. 3.3; Holtzman et al. 2020.) `prompt_ids` is (B, T) int64, without padding; a row of
+    nothing else stands for no image, and its captions are over before they begin. `draws` (R, at
+    least L - T) float32 comes from `uniform_draws`, R a multiple of B. Returns (R, L) int64:
     the prompt, the caption, its end, then padding. Apart from rounding inside the model, a caption
     is a function of its image, its prompt and its draws. Raises ValueError for other shapes.
     """
@@ -156,9 +164,9 @@ def nucleus(
             f"tokens need (a multiple of {len(prompt_ids)}, {num_new} or more)"
         )
 
-    def choose(scores: Tensor, number: int) -> Tensor:
-        scores = scores / config.temperature
-        return draw_from_nucleus(scores, draws[:, number], config.top_p, config.top_k)
+    def choose(scores: Tensor, number: int, rows: Tensor) -> Tensor:
+        own = draws[:, number].index_select(0, rows)
+        return draw_from_nucleus(scores / config.temperature, own, config.top_p, config.top_k)
 
     return _decode(decoder, state, prompt_ids, config, choose, len(draws) // len(prompt_ids))
 
@@ -169,10 +177,10 @@ def greedy(
 ) -> Tensor:
     """Return captions of the likeliest token at every step, (B, L) int64 with `prompt_ids` (B, T).
 
-    The prompt, the caption, its end, then padding.
+    The prompt, the caption, its end, then padding. A prompt of padding stands for no image.
     """
 
-    def choose(scores: Tensor, number: int) -> Tensor:
+    def choose(scores: Tensor, number: int, rows: Tensor) -> Tensor:
         return scores.argmax(dim=1)
 
     return _decode(decoder, state, prompt_ids, config, choose, 1)
@@ -183,32 +191,82 @@ def _decode(
     state: State,
     prompt_ids: Tensor,
     config: DecodingConfig,
-    choose: Callable[[Tensor, int], Tensor],
+    choose: Callable[[Tensor, int, Tensor], Tensor],
     num_captions: int,
 ) -> Tensor:
-    """Read the prompt once an image, then `choose` a token (R,) for every caption at a time."""
+    """Read the prompt once an image, then `choose` a token for every caption at a time.
+
+    `choose` takes scores (R', V), the number of the token, and which captions R' these are.
+    """
     length = prompt_ids.shape[1]
     min_length, max_length = config.total_lengths(length)
     logits, state = decoder.step(prompt_ids, state)
-    rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
-    rows = rows.repeat_interleave(num_captions)  # (R,)
+    images = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    images = images.repeat_interleave(num_captions)  # (R,)
     if num_captions > 1:
-        logits, state = logits.index_select(0, rows), decoder.reorder(state, rows)
-    ids = prompt_ids.new_full((len(rows), max_length), config.pad_id)
-    ids[:, :length] = prompt_ids.index_select(0, rows)
-    is_over = torch.zeros_like(rows, dtype=torch.bool)
+        logits, state = logits.index_select(0, images), decoder.reorder(state, images)
+    ids = prompt_ids.new_full((len(images), max_length), config.pad_id)
+    ids[:, :length] = prompt_ids.index_select(0, images)
+    rows = torch.arange(len(images), device=ids.device)  # those that are still decoded
+    is_over = ids[:, 0] == config.pad_id
+    watch = EndWatch()
     for position in range(length, max_length):
-        scores = constrained(
-            logits.float(), ids[:, :position], config, may_end=position >= min_length
-        )
-        tokens = choose(scores, position - length).masked_fill(is_over, config.pad_id)
-        ids[:, position] = tokens
-        is_over = is_over | (tokens == config.end_id)
-        # Elsewhere to ask whether all are over would wait for the device at every token.
-        if position + 1 == max_length or (ids.device.type == "cpu" and is_over.all()):
+        so_far = ids[:, :position].index_select(0, rows)
+        scores = constrained(logits.float(), so_far, config, may_end=position >= min_length)
+        tokens = choose(scores, position - length, rows)
+        tokens = tokens.masked_fill(is_over.index_select(0, rows), config.pad_id)
+        ids[rows, position] = tokens
+        is_over[rows] |= tokens == config.end_id
+        if position + 1 == max_length or watch.is_seen(is_over):
             break
+        staying = _staying(is_over.index_select(0, rows)) if decoder.keep is not None else None
+        if staying is not None and decoder.keep is not None:
+            state, rows = decoder.keep(state, staying), rows.index_select(0, staying)
+            tokens = tokens.index_select(0, staying)
         logits, state = decoder.step(tokens[:, None], state)
     return ids
+
+
+def _staying(is_over: Tensor) -> Tensor | None:
+    """Return the rows (R',) to go on with, or None for all.
+
+    Whole tiles of rows, so that rounding stays what it is: some captions that are over fill the
+    last. On an accelerator all stay: one shape is one captured graph, and nobody waits to learn who
+    is over.
+    """
+    if is_over.device.type != "cpu":
+        return None
+    number = whole_tiles(int((~is_over).sum()))
+    if number >= len(is_over):
+        return None
+    return is_over.int().argsort(stable=True)[:number].sort().values
+
+
+class EndWatch:
+    """Tells when all captions are over. On an accelerator it is told some tokens late.
+
+    To ask the device at every token would wait for it; an answer that comes by itself costs a few
+    tokens of padding.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no question asked."""
+        self._asked: tuple[Tensor, Any] | None = None  # torch has no types for its events
+
+    def is_seen(self, is_over: Tensor) -> bool:
+        """Say whether all of `is_over` (R,), or of what it was some calls ago, is True."""
+        if is_over.device.type != "cuda":
+            return bool(is_over.all())
+        if self._asked is not None:
+            answer, event = self._asked
+            if not event.query():
+                return False
+            if bool(answer):
+                return True
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(is_over.all(), non_blocking=True)
+        self._asked = answer, torch.cuda.current_stream().record_event()
+        return False
 
 
 def constrained(scores: Tensor, ids: Tensor, config: DecodingConfig, *, may_end: bool) -> Tensor:
@@ -237,16 +295,47 @@ def draw_from_nucleus(
     to go through the nucleus' mass: the same draw picks the same token on every device, up to
     rounding.
     """
-    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    likely = scores.softmax(dim=1)
+    if likely.device.type != "cpu" or likely.shape[1] < _MANY_TOKENS:
+        return _draw_sorted(likely, draws, top_p, top_k)
+    tokens = [
+        _draw_from_row(row, draw, top_p, top_k)
+        for row, draw in zip(likely.numpy(), draws.tolist(), strict=True)
+    ]
+    return torch.tensor(tokens)
+
+
+def _draw_sorted(likely: Tensor, draws: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """Draw for all rows at once, in the way of devices: nothing here waits for one."""
+    ordered, order = likely.sort(dim=1, descending=True, stable=True)
     if top_k is not None:
         ordered = ordered[:, :top_k]
-    likely = ordered.softmax(dim=1)
-    before = likely.cumsum(dim=1) - likely
-    is_in = before < top_p
+    mass = ordered.double().cumsum(dim=1)
+    limit = top_p if top_k is None else top_p * mass[:, -1:]
+    is_in = (mass - ordered < limit) & (ordered > 0)
     is_in[:, 0] = True  # also when top_p is less than rounding
-    reached = likely.masked_fill(~is_in, 0.0).cumsum(dim=1)
-    target = draws[:, None].to(reached.dtype) * reached[:, -1:]
-    rank = (reached <= target).sum(dim=1, keepdim=True)
+    last = is_in.sum(dim=1, keepdim=True) - 1
+    target = draws[:, None].double() * mass.gather(1, last)
     # A draw next to 1 may be rounded to all of the mass.
-    rank = torch.minimum(rank, is_in.sum(dim=1, keepdim=True) - 1)
+    rank = torch.minimum((mass <= target).sum(dim=1, keepdim=True), last)
     return order.gather(1, rank)[:, 0]
+
+
+def _draw_from_row(likely: Row, draw: float, top_p: float, top_k: int | None) -> int:
+    """Draw for one row, (V,), as `_draw_sorted` does, but sort no more than may be needed.
+
+    Tokens below (1 - top_p) / V have less than 1 - top_p together, so the nucleus ends before them:
+    of a trained model's vocabulary that leaves some hundreds. They are sorted as integers, which is
+    several times as fast as floats with their indices: probabilities, being positive, are in the
+    order of their bits, and the id stands behind.
+    """
+    floor = (1 - top_p) / len(likely) if top_k is None else 0.0
+    ids = np.flatnonzero(likely > 0.5 * floor)  # half, for the softmax is rounded too
+    bits = (~likely[ids].view(np.uint32)).astype(np.uint64)
+    keys = np.sort(bits << np.uint64(32) | ids.astype(np.uint64))[:top_k]
+    ordered = (~(keys >> np.uint64(32)).astype(np.uint32)).view(np.float32)
+    mass = ordered.cumsum(dtype=np.float64)
+    limit = top_p if top_k is None else top_p * mass[-1]
+    number = max(1, int(np.searchsorted(mass - ordered, limit)))
+    rank = np.searchsorted(mass[:number], draw * mass[number - 1], side="right")
+    return int(keys[min(int(rank), number - 1)] & np.uint64(0xFFFFFFFF))

@@ -9,7 +9,7 @@ P image tokens, D width, C width of the image tokens, h heads, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import cast
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.bert import BertConfig, KeysValues, LanguageHead, init_bert_weights
-from model.med_layers import MedLayer, Role, Sharing, TextEmbeddings, by_role, of_role
+from model.med_layers import MedLayer, Places, Role, Sharing, TextEmbeddings, by_role, of_role
 from model.names.blip import bert_name, modern_bert_name
 from model.packing import PackedTexts
 
@@ -67,13 +67,15 @@ class DecoderState:
 
     `image` has B images and is never expanded to captions. `text` holds, for each layer, the keys
     and values of R captions, (R, h, max_length, D/h), of which the first `length` columns are
-    written; rows are image-major, so image b owns rows b*n .. b*n + n-1. `MedText.step` writes into
-    `text` in place and returns a state with a larger `length`: the old one is then used up.
+    written; rows are image-major, so image b owns rows b*n .. b*n + n-1, unless some have left, and
+    `places` says who stayed. `MedText.step` writes into `text` in place and returns a state with a
+    larger `length`: the old one is then used up.
     """
 
     image: ImageKeysValues
     text: ImageKeysValues
     length: int
+    places: Places | None = None
 
     def reordered(self, rows: Tensor) -> "DecoderState":
         """Continue row i from what was row `rows[i]`, an int64 (R',) index; for beam search.
@@ -90,6 +92,15 @@ class DecoderState:
         num_rows = len(self.text[0].keys)
         rows = torch.arange(num_rows, device=self.text[0].keys.device)
         return self.reordered(rows.repeat_interleave(num_captions))
+
+    def kept(self, rows: Tensor) -> "DecoderState":
+        """Go on with some rows only, a rising int64 (R',) index; the other captions are over."""
+        text = tuple(kv.rows(rows) for kv in self.text)
+        if self.places is not None:
+            places = Places(self.places.rows.index_select(0, rows), self.places.number)
+        else:
+            places = Places(rows, len(self.text[0].keys))
+        return DecoderState(self.image, text, self.length, places)
 
     def for_images(self, images: Tensor) -> "DecoderState":
         """Go on with some images only, an int64 (B',) index, and all of their captions."""
@@ -280,11 +291,16 @@ class MedText(nn.Module):
         if len(token_ids) != rows:
             raise ValueError(f"{len(token_ids)} rows of tokens for a state of {rows} captions")
         positions = torch.arange(state.length, length, device=token_ids.device)
-        logits = self.decode_at(token_ids, positions, state.image, state.text)
-        return logits, DecoderState(state.image, state.text, length)
+        logits = self.decode_at(token_ids, positions, state.image, state.text, state.places)
+        return logits, replace(state, length=length)
 
     def decode_at(
-        self, token_ids: Tensor, positions: Tensor, image: ImageKeysValues, text: ImageKeysValues
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        image: ImageKeysValues,
+        text: ImageKeysValues,
+        places: Places | None = None,
     ) -> Tensor:
         """Write tokens (R, t) at `positions` (t,) into `text`; return (R, V) logits of the next.
 
@@ -298,7 +314,7 @@ class MedText(nn.Module):
             fresh = layer.self_attention_of("decoder").project(hidden)
             past.keys.index_copy_(2, positions, fresh.keys.to(past.keys.dtype))
             past.values.index_copy_(2, positions, fresh.values.to(past.values.dtype))
-            hidden = layer(hidden, "decoder", past, mask, context)
+            hidden = layer(hidden, "decoder", past, mask, context, places)
         return self.predict(hidden[:, -1:])[:, 0]
 
     def _layers(self) -> Iterator[MedLayer]:

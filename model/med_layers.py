@@ -6,7 +6,7 @@ computed, T text tokens, P image tokens, D width, h heads.
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,22 @@ class Sharing(StrEnum):
     ALL_BUT_CROSS_ATTENTION = "all but cross-attention"
     ALL_BUT_SELF_ATTENTION = "all but self-attention"
     NONE = "none"
+
+
+class Places(NamedTuple):
+    """Which of all B * n texts the R rows are, when others have left."""
+
+    rows: Tensor  # (R,) int64, below `number`, each once
+    number: int  # B * n
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """Return (B * n, S, D): each row of (R, S, D) at its place, zeros elsewhere.
+
+        Empty places are attended from as well: an attention of one shape rounds in one way, and
+        what it costs is reading the image's keys.
+        """
+        every = hidden.new_zeros(self.number, *hidden.shape[1:])
+        return every.index_copy_(0, self.rows, hidden)
 
 
 class MedLayer(nn.Module):
@@ -51,6 +67,7 @@ class MedLayer(nn.Module):
         text: KeysValues,
         mask: Tensor,
         image: KeysValues | None,
+        places: Places | None = None,
     ) -> Tensor:
         """Return (R, S, D) for `hidden` (R, S, D) that attends to `text` and then to `image`.
 
@@ -58,14 +75,14 @@ class MedLayer(nn.Module):
         True where a position may be seen, broadcastable to (R, h, S, T). Without `image`,
         cross-attention is left out, its residual and norm too. `image` has B rows, R = B * n: the n
         texts of an image become the queries of one attention over its P tokens, so its keys and
-        values are read once and never copied.
+        values are read once and never copied. `places` says which texts are here, if not all.
         """
         hidden = self.self_attention_of(role)(hidden, text, mask)
         if image is not None:
-            rows, length, width = hidden.shape
-            grouped = hidden.reshape(len(image.keys), -1, width)  # (B, n*S, D)
-            grouped = self.cross_attention_of(role)(grouped, image)
-            hidden = grouped.view(rows, length, width)
+            spread = hidden if places is None else places.spread(hidden)
+            grouped = spread.reshape(len(image.keys), -1, spread.shape[2])  # (B, n*S, D)
+            spread = self.cross_attention_of(role)(grouped, image).view(spread.shape)
+            hidden = spread if places is None else spread.index_select(0, places.rows)
         fed: Tensor = of_role(self.ffn, role)(hidden)
         return fed
 

@@ -6,7 +6,6 @@ batch, worker or order. What that rests on is said at `Captioner.caption`.
 B images, n captions of an image, S side of what the model looks at.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,17 +16,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import BertTokenizer
 
-from model.beam_search import BeamConfig, beam_search
+from model.beam_search import BeamConfig
 from model.capfilt import MedCaptioner
+from model.captioning import CaptionDecoder
 from model.checkpoints import load_captioner
-from model.generation import (
-    DecodingConfig,
-    NucleusConfig,
-    greedy,
-    med_decoder,
-    nucleus,
-    uniform_draws,
-)
+from model.generation import DecodingConfig, NucleusConfig
 from pipeline.image_decode import Pixels
 from pipeline.models import (
     ImagePreprocessor,
@@ -68,6 +61,8 @@ class CaptionerConfig(ModelConfig):
     num_beams: Annotated[int, Field(ge=1, le=100)] = 3
     prompt: str = "a picture of "
     """What every caption goes on from; it is cut off again."""
+    is_compiled: bool = False
+    """Compile a decoding step, and capture it as a graph with CUDA: slow to start, fast to run."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -120,18 +115,21 @@ class Captioner:
         self.config = config
         self.preprocessor = preprocessor
         self.fingerprint = fingerprint
-        self._seed = seed
         self._tokenizer = tokenizer
-        weight = model.image_encoder.patches.weight
-        self.device, self._dtype = weight.device, weight.dtype
-        self._model = model.eval().requires_grad_(False)
-        self._decoder = med_decoder(self._model)
+        self.device = model.image_encoder.patches.weight.device
         ids = tokenizer(config.prompt)["input_ids"][:-1]  # without [SEP]
-        ids[0] = model.text.config.caption_start_id
-        self._prompt = torch.tensor([ids], device=self.device)  # (1, T)
         self._check_prompt(ids)
+        ids[0] = model.text.config.caption_start_id
+        self._prompt_length = len(ids)
         self._decoding = self._decoding_config()
-        self._max_length = self._decoding.total_lengths(len(ids))[1]
+        self._decoder = CaptionDecoder(
+            model.eval().requires_grad_(False),
+            self._decoding,
+            ids,
+            seed=seed,
+            num_captions=config.num_captions,
+            is_compiled=config.is_compiled,
+        )
 
     @classmethod
     def load(
@@ -157,52 +155,32 @@ class Captioner:
     @property
     def images_at_once(self) -> int:
         """How many images are captioned together; calls with a multiple of it waste nothing."""
-        per_image = self.config.num_beams if self.config.method is Method.BEAM else 1
-        per_image = max(per_image, self.config.num_captions)
-        step = 16 // math.gcd(16, per_image)
-        return min(16, step * math.ceil(64 / (step * per_image)))
+        return self._decoder.images_at_once
 
     def preprocess(self, pixels: Pixels) -> Tensor:
         """Return (3, S, S) float32 for (H, W, 3) RGB; safe to call from many threads."""
         return self.preprocessor(pixels)
 
-    @torch.inference_mode()
     def caption(self, pixels: Tensor, keys: Sequence[str]) -> list[list[GeneratedCaption]]:
-        """Return n captions for each of (B, 3, S, S) images; `keys` name their samples."""
+        """Return n captions for each of (B, 3, S, S) images; `keys` name their samples.
+
+        In float32 a caption is the same whatever is captioned with it. torch.OutOfMemoryError
+        passes through, and fewer images are then taken at once.
+        """
         if len(pixels) != len(keys):
             raise ValueError(f"{len(pixels)} images with {len(keys)} keys")
-        captions: list[list[GeneratedCaption]] = []
-        for start in range(0, len(keys), self.images_at_once):
-            group = slice(start, start + self.images_at_once)
-            ids = self._decode(pixels[group].to(self.device, self._dtype), keys[group])
-            captions += self._texts(ids, len(keys[group]))
-        return captions
-
-    def _decode(self, pixels: Tensor, keys: Sequence[str]) -> Tensor:
-        """Return (B*n, L) ids of captions with their prompt."""
-        state = self._model.begin(pixels, max_length=self._max_length)
-        prompt = self._prompt.expand(len(pixels), -1)
-        if isinstance(self._decoding, NucleusConfig):
-            named = [(key, index) for key in keys for index in range(self.config.num_captions)]
-            length = self._max_length - prompt.shape[1]
-            draws = uniform_draws(self._seed, named, length, self.device)
-            return nucleus(self._decoder, state, prompt, self._decoding, draws)
-        if isinstance(self._decoding, BeamConfig):
-            return beam_search(self._decoder, state, prompt, self._decoding).ids
-        return greedy(self._decoder, state, prompt, self._decoding)
-
-    def _texts(self, ids: Tensor, num_images: int) -> list[list[GeneratedCaption]]:
+        if not keys:
+            return []
+        ids = self._decoder.decode(pixels, keys).cpu()
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        length = self._prompt.shape[1]
-        generated = ids[:, length:]
-        special = torch.tensor([self._decoding.end_id, self._decoding.pad_id], device=ids.device)
-        counts = (~torch.isin(generated, special)).sum(dim=1).tolist()
-        per_image = len(texts) // num_images
+        special = torch.tensor([self._decoding.end_id, self._decoding.pad_id])
+        counts = (~torch.isin(ids[:, self._prompt_length :], special)).sum(dim=1).tolist()
+        each = self.config.num_captions
         rows = [
-            GeneratedCaption(text[len(self.config.prompt) :].strip(), number % per_image, count)
+            GeneratedCaption(text[len(self.config.prompt) :].strip(), number % each, count)
             for number, (text, count) in enumerate(zip(texts, counts, strict=True))
         ]
-        return [rows[start : start + per_image] for start in range(0, len(rows), per_image)]
+        return [rows[start : start + each] for start in range(0, len(rows), each)]
 
     def _check_prompt(self, ids: list[int]) -> None:
         # It is cut off captions by its length, as in BLIP.
