@@ -1,0 +1,83 @@
+"""A report of a corpus, in order: snapshot, numbers, examples, page, JSON, dataset card."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import duckdb
+
+from pipeline.corpus import Corpus
+from pipeline.report.card import croissant, dataset_card
+from pipeline.report.compare import compare as compare_with
+from pipeline.report.gallery import Example, examples
+from pipeline.report.ledgers import Ledgers, Snapshot, SqlLimits
+from pipeline.report.numbers import Json, numbers
+from pipeline.report.page import render
+
+_log = logging.getLogger(__name__)
+FOLDER = "report"
+_MAX_ROUNDS = 3  # a running job may replace shards while they are read
+
+
+@dataclass(frozen=True, slots=True)
+class ReportPaths:
+    """Where a report is: the page, its numbers, the dataset card and its machine-readable twin."""
+
+    page: str
+    numbers: str
+    card: str
+    croissant: str
+
+
+def build_report(
+    corpus: Corpus, *, compare: Corpus | None = None, limits: SqlLimits | None = None
+) -> ReportPaths:
+    """Write the report of what is in a corpus now, and return where it is.
+
+    Works on any state of a corpus, empty and running ones too, and changes nothing else. `compare`
+    is another corpus to set it against. Each file is replaced at once. Raises OSError, and
+    ValueError for a file of results that cannot be read.
+    """
+    found, chosen = _gather(corpus, compare, limits or SqlLimits())
+    found_compact = json.dumps(found, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    return ReportPaths(
+        page=_write(corpus, "index.html", render(found, chosen)),
+        numbers=_write(corpus, "report.json", found_compact + "\n"),
+        card=_write(corpus, "README.md", dataset_card(found)),
+        croissant=_write(corpus, "croissant.json", croissant(found)),
+    )
+
+
+def _gather(
+    corpus: Corpus, compare: Corpus | None, limits: SqlLimits
+) -> tuple[Json, list[Example]]:
+    for round_number in range(1, _MAX_ROUNDS + 1):
+        snapshot = Snapshot.take(corpus)
+        try:
+            with Ledgers.open(corpus, snapshot, limits) as ledgers:
+                found = numbers(corpus, ledgers, datetime.now(UTC))
+                chosen = examples(corpus, ledgers)
+            if compare is not None:
+                found["comparison"] = compare_with(corpus, compare, limits)
+            return found, chosen
+        except (duckdb.IOException, FileNotFoundError) as error:
+            if round_number == _MAX_ROUNDS:
+                raise
+            _log.info("the corpus changed while it was read (%s); looking again", error)
+    raise AssertionError("the last round returns or raises")
+
+
+def _write(corpus: Corpus, name: str, text: str) -> str:
+    """Put a file of the report at once, and return where it is."""
+    store = corpus.store
+    store.make_folder(FOLDER)
+    with store.scratch(FOLDER, name) as folder:
+        path = f"{folder}/{name}"
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        store.upload(path, f"{FOLDER}/{name}")
+        if store.is_local:
+            os.chmod(store.full(f"{FOLDER}/{name}"), 0o644)
+    return f"{corpus.root}/{FOLDER}/{name}"
