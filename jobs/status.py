@@ -1,48 +1,34 @@
 """`capfilt status`: how far a run is, read from its corpus alone, so that no head has to be there.
 
-Markers say what exists, their times how fast it came to be. Both are right whoever has died.
+Markers say what exists, and when it came to be; `run/status.json` says who was at it and what was
+planned. Neither needs whoever wrote it to be alive.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import yaml
-
 from jobs.corpus_root import open_corpus
+from jobs.durable import FILE, RunStatus, StageStatus
+from jobs.durable import read_status as read_run_status
 from jobs.errors import UserError
 from pipeline.corpus import Corpus
-from pipeline.layout import MARKER, RUN_FILE, STAGES, UPSTREAM, parse_name
-from pipeline.runfile import RunFileError
+from pipeline.layout import MARKER, RUN_FILE, STAGES, parse_name
 
-RATE_WINDOW = timedelta(minutes=15)
+_FAILURES_SHOWN = 10
+# What local disks, S3, Google's buckets and memory call the time that a file was written.
+_TIME_KEYS = ("mtime", "LastModified", "updated", "created")
 
 
 @dataclass(frozen=True, slots=True)
-class StageStatus:
-    """How far one stage of one source is."""
+class Made:
+    """What of one stage exists now, whoever made it."""
 
-    stage: str
-    source: str
-    shards_done: int
-    shards_to_make: int | None
-    """Shards that there are to be as far as is known now; None if nothing tells."""
-    rows: int
-    kept: int
-    failed_rows: int
-    bytes: int
-    shards_per_hour: float
-    """Over the last quarter of an hour."""
+    folder: str
+    num_shards: int
     last_commit: datetime | None
-    num_damaged: int
-
-    @property
-    def shards_left(self) -> int | None:
-        """Shards still to be made, as far as is known."""
-        return None if self.shards_to_make is None else self.shards_to_make - self.shards_done
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +36,20 @@ class Status:
     """How far a run is, as the files in its root tell."""
 
     root: str
-    run: str
-    stages: tuple[StageStatus, ...]
     asked: datetime
+    run: RunStatus | None
+    """What the last driver wrote; None if none ever did."""
+    made: tuple[Made, ...]
+
+    @property
+    def state(self) -> str:
+        """The run in a word or two: running, died, stopped, done..."""
+        return self.run.state(self.asked) if self.run is not None else "never run"
+
+    def stage(self, folder: str) -> StageStatus | None:
+        """Return what the last driver wrote of a stage."""
+        stages = self.run.stages if self.run is not None else ()
+        return next((each for each in stages if each.folder == folder), None)
 
 
 def status_text(root: str, *, as_json: bool = False) -> str:
@@ -67,146 +64,130 @@ def status_text(root: str, *, as_json: bool = False) -> str:
 
 
 def read_status(root: str, now: datetime) -> Status:
-    """Look at a corpus as it is `now`; reads listings and markers, writes nothing.
+    """Look at a corpus as it is `now`: a listing of each folder and one small file; writes nothing.
 
     Raises UserError where there is no corpus.
     """
     corpus = open_corpus(root)
-    recipe = _recipe(corpus)
-    stages: list[StageStatus] = []
-    for stage in STAGES:
-        for source in corpus.sources(stage):
-            upstream = UPSTREAM.get(stage)
-            to_make = next(
-                (s.shards_done for s in stages if (s.stage, s.source) == (upstream, source)), None
-            )
-            stages.append(_stage(corpus, stage, source, to_make, now))
-    if not stages and not recipe:
+    run = read_run_status(corpus)
+    made = tuple(each for stage in STAGES if (each := _made(corpus, stage)) is not None)
+    if run is None and not made and corpus.store.read(RUN_FILE) is None:
         raise UserError(f"{corpus.root}: no corpus here (neither {RUN_FILE} nor any shard)")
-    return Status(corpus.root, str(recipe.get("name", "?")), tuple(stages), now)
+    return Status(corpus.root, now, run, made)
 
 
-def _recipe(corpus: Corpus) -> dict[str, Any]:
-    try:
-        stored = corpus.read_run()
-    except RunFileError as error:
-        raise UserError(f"{corpus.root}: {error}") from error
-    document = yaml.safe_load(stored) if stored else {}
-    recipe = document.get("recipe")
-    return recipe if isinstance(recipe, dict) else {}
+def _made(corpus: Corpus, stage: str) -> Made | None:
+    sources = corpus.sources(stage)
+    if not sources:
+        return None
+    num_shards, times = 0, list[datetime]()
+    for source in sources:
+        path = corpus.store.full(f"{stage}/{source}")
+        corpus.store.fs.invalidate_cache(path)
+        for info in corpus.store.fs.ls(path, detail=True):
+            name = parse_name(str(info["name"]).rsplit("/", 1)[-1])
+            if name is not None and name.suffix == MARKER and not name.digest:
+                num_shards += 1
+                times.extend(_time_of(info))
+    return Made(stage, num_shards, max(times, default=None))
 
 
-def _stage(
-    corpus: Corpus, stage: str, source: str, to_make: int | None, now: datetime
-) -> StageStatus:
-    folder = corpus.scan(stage, source)
-    times = _commit_times(corpus, folder.path)
-    counts = Counter[str]()
-    for record in folder.records.values():
-        counts["rows"] += record.rows_in
-        counts["kept"] += record.counts.kept
-        counts["failed"] += sum(record.counts.failed.values())
-        counts["bytes"] += sum(file.bytes for file in record.files.values())
-    recent = sum(now - RATE_WINDOW < time <= now for time in times)
-    return StageStatus(
-        stage=stage,
-        source=source,
-        shards_done=len(folder.records),
-        shards_to_make=to_make,
-        rows=counts["rows"],
-        kept=counts["kept"],
-        failed_rows=counts["failed"],
-        bytes=counts["bytes"],
-        shards_per_hour=recent / (RATE_WINDOW / timedelta(hours=1)),
-        last_commit=max(times, default=None),
-        num_damaged=len(folder.damaged),
-    )
-
-
-def _commit_times(corpus: Corpus, folder: str) -> list[datetime]:
-    """Return when each marker of a folder was written, as its disk or bucket remembers."""
-    infos = corpus.store.fs.ls(corpus.store.full(folder), detail=True)
-    times = []
-    for info in infos:
-        name = parse_name(str(info["name"]).rsplit("/", 1)[-1])
-        if name is None or name.suffix != MARKER or name.digest:
-            continue
-        # Local disks, S3, Google's buckets and memory each call it otherwise.
-        keys = ("mtime", "LastModified", "updated", "created")
-        found = next((info[key] for key in keys if info.get(key)), None)
-        if found is not None:
-            times.append(_as_time(found))
-    return times
-
-
-def _as_time(value: Any) -> datetime:  # noqa: ANN401 (each filesystem has its own type)
+def _time_of(info: dict[str, Any]) -> Iterator[datetime]:
+    value = next((info[key] for key in _TIME_KEYS if info.get(key)), None)
     if isinstance(value, datetime):
-        return value if value.tzinfo else value.replace(tzinfo=UTC)
-    if isinstance(value, str):
-        return datetime.fromisoformat(value)
-    return datetime.fromtimestamp(float(value), UTC)
+        yield value if value.tzinfo else value.replace(tzinfo=UTC)
+    elif isinstance(value, str):
+        yield datetime.fromisoformat(value)
+    elif value is not None:
+        yield datetime.fromtimestamp(float(value), UTC)
+
+
+# --- for people -------------------------------------------------------------------------------
 
 
 def _lines(status: Status) -> Iterator[str]:
-    yield f"run {status.run} at {status.root}, {status.asked:%Y-%m-%d %H:%M:%S} UTC"
-    head = ("stage", "source", "shards", "left", "rows", "kept", "shards/h", "ETA", "last commit")
-    rows = [head, *(_row(stage, status.asked) for stage in status.stages)]
+    run, now = status.run, status.asked
+    yield f"run {run.name if run else '?'}: {status.state}, at {status.root}"
+    if run is None:
+        yield f"no driver has written {FILE} here"
+    else:
+        heard = f"last heard of {_ago(now, run.heartbeat_at)}"
+        yield f"by {run.driver.who}, since {run.started_at:%Y-%m-%d %H:%M:%S} UTC, {heard}"
+    yield from _table(status)
+    if run is None:
+        return
+    yield from _troubles(run)
+    if status.state not in ("running", "done") and run.command:
+        yield f"to continue: {run.command}"
+
+
+def _table(status: Status) -> Iterator[str]:
+    head = ("stage", "shards", "left", "failed", "rows/s", "kept", "time left", "last commit")
+    rows = [head, *(_row(status, made) for made in _all_stages(status))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join(cells).rstrip()
-    for stage in status.stages:
-        if stage.num_damaged:
-            yield (
-                f"{stage.num_damaged} markers of {stage.stage}/{stage.source} are damaged: "
-                f"capfilt verify {status.root} says what to do"
-            )
 
 
-def _row(stage: StageStatus, now: datetime) -> tuple[str, ...]:
-    total = "" if stage.shards_to_make is None else f"/{stage.shards_to_make:,}"
+def _all_stages(status: Status) -> list[Made]:
+    """Return the stages that have shards or are planned, in order."""
+    made = {each.folder: each for each in status.made}
+    stages = (made.get(folder, Made(folder, 0, None)) for folder in STAGES)
+    return [each for each in stages if each.num_shards or status.stage(each.folder)]
+
+
+def _row(status: Status, made: Made) -> tuple[str, ...]:
+    told = status.stage(made.folder)
+    last = _ago(status.asked, made.last_commit) if made.last_commit else "-"
+    if told is None:
+        return (made.folder, f"{made.num_shards:,}", "?", "-", "-", "-", "-", last)
+    is_running = status.state == "running"
+    eta = told.eta_seconds if is_running else None
     return (
-        stage.stage,
-        stage.source,
-        f"{stage.shards_done:,}{total}",
-        "?" if stage.shards_left is None else f"{stage.shards_left:,}",
-        f"{stage.rows:,}",
-        f"{stage.kept / stage.rows:.1%}" if stage.rows else "-",
-        f"{stage.shards_per_hour:,.0f}",
-        _eta(stage),
-        f"{_duration(now - stage.last_commit)} ago" if stage.last_commit else "-",
+        f"{made.folder} ({told.stage})",
+        f"{made.num_shards:,}/{told.shards_total:,}",
+        f"{max(0, told.shards_total - made.num_shards):,}",
+        f"{told.shards_failed:,}",
+        f"{told.rows_per_second:,.1f}" if is_running else "-",
+        f"{told.kept_share:.1%}" if told.kept_share is not None else "-",
+        _span(eta) if eta is not None else "-",
+        last,
     )
 
 
-def _eta(stage: StageStatus) -> str:
-    if not stage.shards_left or not stage.shards_per_hour:
-        return "-"
-    return _duration(timedelta(hours=stage.shards_left / stage.shards_per_hour))
+def _troubles(run: RunStatus) -> Iterator[str]:
+    for warning in run.warnings:
+        yield f"warning: {warning}"
+    for bug, times in run.bugs.items():
+        yield f"a bug, met {times:,} times: {bug}"
+    for failure in run.failures[:_FAILURES_SHOWN]:
+        yield f"failed {failure.shard} after {failure.attempts} attempts: {failure.error}"
+    if run.num_failures > _FAILURES_SHOWN:
+        yield f"... and {run.num_failures - _FAILURES_SHOWN:,} shards more; --json lists a hundred"
+    if run.note:
+        yield f"it ended with: {run.note}"
 
 
-def _duration(span: timedelta) -> str:
-    return str(timedelta(seconds=max(0, round(span.total_seconds()))))
+def _ago(now: datetime, then: datetime) -> str:
+    return f"{_span((now - then).total_seconds())} ago"
+
+
+def _span(seconds: float) -> str:
+    return str(timedelta(seconds=max(0, round(seconds))))
 
 
 def _to_json(status: Status) -> dict[str, Any]:
     return {
-        "run": status.run,
         "root": status.root,
         "asked": status.asked.isoformat(),
-        "stages": [
-            {
-                "stage": each.stage,
-                "source": each.source,
-                "shards_done": each.shards_done,
-                "shards_to_make": each.shards_to_make,
-                "rows": each.rows,
-                "kept": each.kept,
-                "failed_rows": each.failed_rows,
-                "bytes": each.bytes,
-                "shards_per_hour": each.shards_per_hour,
+        "state": status.state,
+        "shards": {
+            each.folder: {
+                "made": each.num_shards,
                 "last_commit": each.last_commit.isoformat() if each.last_commit else None,
-                "damaged_markers": each.num_damaged,
             }
-            for each in status.stages
-        ],
+            for each in _all_stages(status)
+        },
+        "run": status.run.model_dump(mode="json") if status.run is not None else None,
     }
