@@ -80,14 +80,14 @@ class Snapshot:
 def take_snapshot(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    frozen: Reasons,
+    left_out: Reasons,
     **facts: Any,  # noqa: ANN401 -- the other fields of Snapshot, named at the call
 ) -> Snapshot:
     """Copy a model without its frozen parts and its optimizer to the CPU.
 
-    `frozen` describes the names that are left out, each with its reason.
+    `left_out` describes the names of what is frozen, each with its reason.
     """
-    weights = {n: t for n, t in model.state_dict().items() if not matches(n, frozen)}
+    weights = {n: t for n, t in model.state_dict().items() if not matches(n, left_out)}
     parts = {"model": weights, "optimizer": optimizer_tensors(model, optimizer)}
     copied = {
         part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -41,7 +41,7 @@ class MedObjective:
         alarm_after: int,
     ) -> None:
         """`batch_size` is that of a micro-batch; ITC compares with it and the queue."""
-        self.model = model
+        self.model: nn.Module = model
         self._med = model
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -71,7 +71,7 @@ class MedObjective:
 
     def numbers(self) -> dict[str, float]:
         """Return the temperature."""
-        return {"temperature": float(self._med.temperature)}
+        return {"temperature": float(self._med.temperature.detach())}
 
     @torch.no_grad()
     def look(self, batch: Batch) -> Look:
@@ -118,7 +118,7 @@ class CaptionerObjective:
     def __init__(
         self, model: MedCaptioner, tokenizer: TextTokenizer, *, max_tokens: int, alarm_after: int
     ) -> None:
-        self.model = model
+        self.model: nn.Module = model
         self._captioner = model
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens

@@ -53,7 +53,7 @@ class Stage1Objective:
         alarm_after: int,
     ) -> None:
         """`contrast_size` is how many pairs ITC compares: a micro-batch of every rank."""
-        self.model = model
+        self.model: nn.Module = model
         self._stage1 = model
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -75,7 +75,7 @@ class Stage1Objective:
 
     def numbers(self) -> dict[str, float]:
         """Return the temperature."""
-        return {"temperature": float(self._stage1.temperature)}
+        return {"temperature": float(self._stage1.temperature.detach())}
 
     @torch.no_grad()
     def look(self, batch: Batch) -> Look:
@@ -142,7 +142,7 @@ class Stage2Objective:
         alarm_after: int,
     ) -> None:
         """`seed` decides where captions are split for an encoder-decoder."""
-        self.model = model
+        self.model: nn.Module = model
         self._stage2 = model
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens

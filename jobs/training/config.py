@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.loading.config import SourceConfig
+
 Stage = Literal["med", "captioner", "filter", "stage1", "stage2"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 CORPUS_TOKENIZER = "corpus"
@@ -24,8 +26,9 @@ class StageConfig(BaseModel):
     model_config = _FROZEN
 
     preset: str = Field(description="Named sizes of the model; see the README's table.")
-    sources: tuple[str, ...] | None = Field(
-        default=None, description="Sources to train on; left out: what the paper trained it on."
+    sources: dict[str, SourceConfig] | None = Field(
+        default=None,
+        description="Sources to train on and their shares; left out: what the paper trained on.",
     )
     global_batch_size: _Positive | None = Field(
         default=None, description="Pairs an optimizer step sees, over all workers."
@@ -76,8 +79,12 @@ class StageConfig(BaseModel):
     )
     image_encoder: str | None = Field(
         default=None,
-        description="Frozen image encoder of stage1: 'trained' (med's), 'random', a folder of a "
-        "Blip model, or an EVA-CLIP or CLIP file as LAVIS has it.",
+        description="Image encoder to start from, which stage1 keeps frozen: 'random', 'trained' "
+        "(med's), a folder of an image encoder or of a Blip model, or a file of EVA-CLIP, CLIP or "
+        "DeiT as LAVIS and BLIP have it.",
+    )
+    num_frozen_layers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Blocks of the image encoder of med that do not learn."
     )
     llm: str | None = Field(
         default=None,

@@ -59,11 +59,7 @@ class MetricsLog:
         else:
             self._file.write(line)
             self._file.flush()
-        numbers = {
-            name: float(value)
-            for name, value in record.items()
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        numbers = _numbers(record)
         for sink in self._sinks:
             sink.write(record["step"], numbers)
 
@@ -107,6 +103,17 @@ def read_metrics(store: Store, folder: str) -> list[dict[str, Any]]:
             break  # what follows was never whole
         records.append(record)
     return records
+
+
+def _numbers(record: Record, prefix: str = "") -> dict[str, float]:
+    """Return a record's numbers, those inside of others by a path."""
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            found[prefix + name] = float(value)
+    return found
 
 
 def open_sinks(store: Store, folder: str, watch: WatchConfig, name: str) -> list[Sink]:

@@ -6,7 +6,7 @@ draws what an undisturbed one would.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from jobs.training.context import TrainContext
+from jobs.training.data import MicroBatches
 from jobs.training.gates import FiniteGuard
 from jobs.training.objectives import Batch, Moment, Objective
 from jobs.training.plan import Plan
 from model.optim import build_adamw, set_learning_rate, soft_label_weight
 from pipeline.loading.draws import hash63
+
+Losses = dict[str, Tensor]  # by name, scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,43 +72,42 @@ class Stepper:
         self._forward = _replicated(self.model, context, options.is_compiled)
         self.guard = FiniteGuard(context.device)
 
-    def update(self, step: int, batches: Sequence[Batch], first: int) -> dict[str, Tensor]:
+    def update(self, step: int, batches: Iterable[Batch], pieces: MicroBatches) -> Losses:
         """Move the weights by one step; return its losses, float32 scalars left on the device.
 
-        `batches` are this rank's micro-batches, of which the first is number `first` of the global
-        batch. The losses are those of this rank, averaged over its micro-batches.
+        `batches` are this rank's micro-batches, cut as `pieces` says. The losses are those of this
+        rank, averaged over its micro-batches.
         """
         self.model.train()
         set_learning_rate(self.optimizer, self._plan.schedule(step))
         self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
+        sums: Losses = {}
         for number, batch in enumerate(batches):
-            terms = self._forward_and_back(step, number, first, batches, batch)
-            for name, value in terms.items():
-                sums[name] = sums[name] + value if name in sums else value
-        losses = {name: value / len(batches) for name, value in sums.items()}
+            terms = self._forward_and_back(step, number, batch, pieces)
+            sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
+        losses = {name: value / pieces.count for name, value in sums.items()}
         losses["grad_norm"] = self._clip()
         self.guard.see(step, losses["loss"], losses["grad_norm"])
         self.optimizer.step()
         return losses
 
     def _forward_and_back(
-        self, step: int, number: int, first: int, batches: Sequence[Batch], batch: Batch
-    ) -> dict[str, Tensor]:
-        is_last = number == len(batches) - 1
-        torch.manual_seed(hash63("inside the model", self._options.seed, step, first + number))
+        self, step: int, number: int, batch: Batch, pieces: MicroBatches
+    ) -> Losses:
+        seed = hash63("inside the model", self._options.seed, step, pieces.first + number)
+        torch.manual_seed(seed)
         moment = Moment(
             alpha=soft_label_weight(step, ramp_steps=self._plan.alpha_ramp_steps),
             micro_batch=number,
-            num_micro_batches=len(batches),
+            num_micro_batches=pieces.count,
         )
-        with self._no_exchange(is_last):
+        with self._no_exchange(is_last=number == pieces.count - 1):
             with self._options.precision.autocast(self._context.device):
                 terms = self._objective.losses(self._forward, batch, moment)
-            torch.autograd.backward(terms["loss"] / len(batches))
+            torch.autograd.backward(terms["loss"] / pieces.count)
         return {name: value.detach().float() for name, value in terms.items()}
 
-    def _no_exchange(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+    def _no_exchange(self, *, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         """Let only the last micro-batch average gradients over ranks."""
         if isinstance(self._forward, DistributedDataParallel) and not is_last:
             return self._forward.no_sync()

@@ -3,10 +3,12 @@
 [DEC] and [ENC] follow all other tokens, as in BLIP, where they are 30522 and 30523.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
@@ -15,11 +17,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from jobs.errors import UserError
+from pipeline.sample import canonical_json
 
 CAPTION_START, MATCH_START = "[DEC]", "[ENC]"
 PROMPT = "a picture of"  # what the captioner continues (BLIP, Sec. 4.2, as released)
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789,'-?/&%$@+=_"
+_NEVER_LEFT_OUT = 2**62
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -97,19 +101,30 @@ def load_tokenizer(name: str) -> TextTokenizer:
     return TextTokenizer.of(tokenizer, name)
 
 
-def tokenizer_of_words(captions: Iterable[str], vocabulary_size: int) -> TextTokenizer:
-    """Return a tokenizer of the most frequent words, the same for the same captions in any order.
+def vocabulary_of_words(captions: Iterable[str], vocabulary_size: int) -> list[str]:
+    """Return the most frequent words, the same for the same captions in any order.
 
-    Other words are spelled in pieces of one character.
+    Words that are left out are spelled in pieces of one character.
     """
-    counts: Counter[str] = Counter(dict.fromkeys(PROMPT.split(), 2**62))  # never left out
+    counts: Counter[str] = Counter(dict.fromkeys(PROMPT.split(), _NEVER_LEFT_OUT))
     for caption in captions:
         counts.update(_WORD.findall(caption.lower()))
     pieces = [*_CHARACTERS, *(f"##{character}" for character in _CHARACTERS)]
-    room = max(vocabulary_size - len(_SPECIAL) - len(pieces), 0)
+    room = vocabulary_size - len(_SPECIAL) - len(pieces)
     words = sorted(counts.keys() - set(pieces), key=lambda word: (-counts[word], word))[:room]
-    vocabulary = {token: number for number, token in enumerate([*_SPECIAL, *pieces, *words])}
+    return [*_SPECIAL, *pieces, *words]
+
+
+def tokenizer_from_vocabulary(data: bytes) -> TextTokenizer:
+    """Return the tokenizer of a vocabulary, a JSON list of tokens."""
+    vocabulary = {token: number for number, token in enumerate(json.loads(data))}
     return TextTokenizer.of(BertTokenizer(vocab=vocabulary), "made of the corpus")
+
+
+def fingerprint_tokenizer(tokenizer: TextTokenizer) -> str:
+    """Return 16 hexadecimal digits that name a tokenizer by its tokens and their ids."""
+    vocabulary = canonical_json(tokenizer.tokenizer.get_vocab())
+    return sha256(vocabulary.encode()).hexdigest()[:16]
 
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
