@@ -11,8 +11,12 @@ from pydantic_core import ErrorDetails
 
 from jobs.errors import RecipeError
 from jobs.run_config import RunConfig
+from jobs.training.config import TrainingConfig
 from jobs.yaml_lines import LocatedYaml, parse_yaml
 from pipeline.download import DownloadConfig
+from pipeline.model_configs import CaptionerConfig, ScorerConfig
+from pipeline.score_config import ScoreConfig
+from pipeline.selection.config import SelectConfig
 from pipeline.sources.config import SourceConfig
 from pipeline.web.config import FetchConfig
 
@@ -42,12 +46,33 @@ class Recipe(BaseModel):
     download: DownloadConfig = Field(
         default_factory=DownloadConfig, description="What becomes of a downloaded image."
     )
+    captioner: CaptionerConfig | None = Field(
+        default=None,
+        description="The captioner and how it decodes; the name 'trained' is this run's own.",
+    )
+    scorer: ScorerConfig | None = Field(
+        default=None,
+        description="The models that score captions; the filter named 'trained' is this run's own.",
+    )
+    score: ScoreConfig = Field(
+        default_factory=ScoreConfig, description="How images are read for captioner and scorer."
+    )
+    select: SelectConfig | None = Field(
+        default=None, description="Which captions are kept; without it nothing is selected."
+    )
+    training: TrainingConfig | None = Field(
+        default=None, description="How models are trained on the corpus."
+    )
     run: RunConfig = Field(
         default_factory=RunConfig, description="Workers, resources and patience; pace alone."
     )
 
     def content(self) -> dict[str, Any]:
-        """Return what decides the corpus's bytes: all but name, place, pace and patience."""
+        """Return what decides the raw shards' bytes: all but name, place, pace and patience.
+
+        Scores, selection and training have fingerprints of their own, so that they can be done
+        again with other settings.
+        """
         return {
             "seed": self.seed,
             "sources": {each.name: each.content() for each in self.sources},
@@ -179,7 +204,9 @@ def _nearest_key(location: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(location[-1], [path[-1] for path in siblings], n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    elsewhere = {path[-1]: ".".join(path) for path in _valid_keys(Recipe)}
+    # Of keys with the same name the one that is nearest to the top.
+    deepest_first = sorted(_valid_keys(Recipe), key=len, reverse=True)
+    elsewhere = {path[-1]: ".".join(path) for path in deepest_first}
     near = difflib.get_close_matches(location[-1], list(elsewhere), n=1, cutoff=0.7)
     if near:
         return f"; did you mean {elsewhere[near[0]]!r}?"

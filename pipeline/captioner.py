@@ -8,11 +8,9 @@ B images, n captions of an image, S side of what the model looks at.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import BertTokenizer
 
@@ -22,68 +20,13 @@ from model.captioning import CaptionDecoder
 from model.checkpoints import load_captioner
 from model.generation import DecodingConfig, NucleusConfig
 from pipeline.image_decode import Pixels
+from pipeline.model_configs import CaptionerConfig, Method
 from pipeline.models import (
     ImagePreprocessor,
-    ModelConfig,
     bert_tokenizer,
     resolve_model,
     weights_fingerprint,
 )
-
-
-class Method(StrEnum):
-    """How captions are decoded."""
-
-    NUCLEUS = "nucleus"  # sampled: CapFilt's, for its captions say more that is new (Sec. 4.2)
-    BEAM = "beam"  # searched: the likeliest, and the safest
-    GREEDY = "greedy"
-
-
-class CaptionerConfig(ModelConfig):
-    """Which captioner, how many captions an image, and how they are decoded (BLIP, Sec. 3.3)."""
-
-    name: Annotated[str, Field(min_length=1)] = "Salesforce/blip-image-captioning-large"
-    """A captioning checkpoint of BLIP: on the hub, or a folder that transformers can read."""
-    num_captions: Annotated[int, Field(ge=1, le=1000)] = 1
-    """BLIP makes one an image, BLIP-2 ten (Sec. 3.4)."""
-    method: Method = Method.NUCLEUS
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Nucleus: sample among the likeliest tokens that together have this probability."""
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """Nucleus: sample among at most so many tokens."""
-    min_length: Annotated[int, Field(ge=0, le=512)] = 5
-    """Tokens before which no caption ends; the prompt's count, as in BLIP."""
-    max_length: Annotated[int, Field(ge=1, le=512)] = 20
-    """Tokens at which every caption ends, prompt and end included."""
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.1
-    """Tokens so far, the prompt's too, lose by this factor; 1 switches it off."""
-    num_beams: Annotated[int, Field(ge=1, le=100)] = 3
-    prompt: str = "a picture of "
-    """What every caption goes on from; it is cut off again."""
-    is_compiled: bool = False
-    """Compile a decoding step, and capture it as a graph with CUDA: slow to start, fast to run."""
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        if self.num_captions > 1 and self.method is not Method.NUCLEUS:
-            raise ValueError(
-                f"num_captions is {self.num_captions}, but {self.method} finds one caption an "
-                f"image; use nucleus, or 1"
-            )
-        if self.min_length > self.max_length:
-            raise ValueError(f"min_length {self.min_length} is over max_length {self.max_length}")
-        return self
-
-    def content(self) -> dict[str, Any]:
-        """Return what decides the captions, beside seed and weights: those have a fingerprint."""
-        common = {"method", "num_captions", "min_length", "max_length", "repetition_penalty"}
-        own = {
-            Method.NUCLEUS: {"top_p", "temperature", "top_k"},
-            Method.BEAM: {"num_beams"},
-            Method.GREEDY: set[str](),
-        }[self.method]
-        return self.model_dump(mode="json", include=common | own | {"prompt"})
 
 
 @dataclass(frozen=True, slots=True)

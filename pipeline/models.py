@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from model.med import MedConfig
 from pipeline.image_decode import Pixels
+from pipeline.model_configs import ModelConfig
 
 WEIGHTS = "*.safetensors"
 _FETCHED = (WEIGHTS, "*.json", "*.txt")
@@ -34,17 +34,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 class ModelError(ValueError):
     """A model cannot be found, or is not what it should be; the message says what to do."""
-
-
-class ModelConfig(BaseModel):
-    """Which model: a name on the Hugging Face hub, or a folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(min_length=1)]
-    """`owner/name` on the hub, or the path of a local folder as transformers saves it."""
-    revision: Annotated[str, Field(min_length=1)] | None = None
-    """Branch, tag or commit on the hub; None is the main branch. Not for a folder."""
 
 
 def resolve_model(config: ModelConfig) -> Path:

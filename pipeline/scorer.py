@@ -10,11 +10,10 @@ B images, S side of what a model sees, M packed tokens of an image's texts, n te
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from transformers import BertTokenizer
 
@@ -25,9 +24,9 @@ from model.med import ImageKeysValues
 from model.packing import PackedTexts
 from pipeline.clip_scorer import ClipScorer
 from pipeline.image_decode import Pixels
+from pipeline.model_configs import ScorerConfig
 from pipeline.models import (
     ImagePreprocessor,
-    ModelConfig,
     bert_tokenizer,
     resolve_model,
     weights_fingerprint,
@@ -39,39 +38,6 @@ DECIMALS = 5
 Match = tuple[float | None, float | None]  # ITM and ITC of a text with its image
 _MAX_PACKED = 512  # tokens of a row; the mask grows with its square
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
-
-
-class ScorerConfig(BaseModel):
-    """By which models captions are scored. Both look at every caption, the web's too."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    filter: ModelConfig | None = ModelConfig(name="Salesforce/blip-itm-large-coco")
-    """BLIP's image-text matching checkpoint, for ITM and ITC; null leaves both out."""
-    clip: ModelConfig | None = ModelConfig(name="openai/clip-vit-large-patch14")
-    """BLIP-2 ranks by CLIP ViT-L/14 (Sec. 3.4); null leaves it out."""
-    keeps_cls: bool = False
-    """Score ITM behind [CLS], not [ENC]: only to compare with scores that were made so."""
-    has_itc: bool = True
-    """Whether ITC is computed beside ITM; it is a second pass over the texts."""
-    is_text_cleaned: bool = True
-    """Whether the filter reads texts as BLIP cleaned them for training; CLIP reads them as is."""
-    max_tokens: Annotated[int, Field(ge=3, le=512)] = 35
-    """What the filter reads of a text; the rest is cut off. BLIP was trained with 35."""
-
-    @model_validator(mode="after")
-    def _scores_something(self) -> Self:
-        if self.filter is None and self.clip is None:
-            raise ValueError("neither filter nor clip is set: there is nothing to score by")
-        return self
-
-    def content(self) -> dict[str, Any]:
-        """Return what decides the scores, beside the weights: those have fingerprints."""
-        content: dict[str, Any] = {"clip": self.clip is not None, "filter": self.filter is not None}
-        if self.filter is not None:
-            own = {"keeps_cls", "has_itc", "is_text_cleaned", "max_tokens"}
-            content |= self.model_dump(mode="json", include=own)
-        return content
 
 
 @dataclass(frozen=True, slots=True)
