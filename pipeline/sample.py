@@ -164,15 +164,20 @@ def canonical_json(value: object, indent: int | None = None) -> str:
 
     Raises TypeError or ValueError for what JSON cannot hold.
     """
-    separators = (",", ":") if indent is None else (",", ": ")
-    return json.dumps(
-        value,
+    return (_COMPACT if indent is None else _encoder(indent)).encode(value)
+
+
+def _encoder(indent: int | None) -> json.JSONEncoder:
+    return json.JSONEncoder(
         sort_keys=True,
         ensure_ascii=False,
         allow_nan=False,
         indent=indent,
-        separators=separators,
+        separators=(",", ":") if indent is None else (",", ": "),
     )
+
+
+_COMPACT = _encoder(None)  # made once: every sample is encoded by it
 
 
 def _are_scores(scores: object) -> bool:

@@ -32,7 +32,6 @@ from pipeline.selection.checked import HashedStream, open_checked
 from pipeline.selection.checks import Check
 from pipeline.selection.clean import (
     CLEAN_SCHEMA,
-    Images,
     Judged,
     count_captions,
     ledger_table,
@@ -40,6 +39,7 @@ from pipeline.selection.clean import (
 )
 from pipeline.selection.config import SelectConfig
 from pipeline.selection.expression import SqlCondition
+from pipeline.selection.images import Images
 from pipeline.selection.outcome import SelectionOutcome
 from pipeline.selection.policies import MODEL_OF, NEEDS, apply_policy, put_in_order
 from pipeline.selection.rules import apply_rules, mask

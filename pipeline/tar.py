@@ -21,6 +21,11 @@ MAX_NAME_BYTES = 100  # what a ustar header holds without a prefix
 MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits
 _MTIME = 315532800  # 1980-01-01, the customary date of archives that must not differ by their date
 _RECORD = 20 * BLOCK  # tars are padded to this
+# A ustar header: name, mode, uid and gid, size, mtime, checksum (blank while summed), type, format.
+_IDS = struct.pack("8s8s8s", b"0000644", b"0000000", b"0000000")
+_DATE = struct.pack("x12s", b"%011o" % _MTIME)
+_HEADER_END = struct.pack("1s100s6s2s247x", b"0", b"", b"ustar", b"00")
+_HEADER_SUM = sum(_IDS) + sum(_DATE) + sum(b" " * 8) + sum(_HEADER_END)
 _EXTENSION = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -108,21 +113,12 @@ def _header(key: str, extension: str, size: int) -> bytes:
         )
     if size > MAX_MEMBER_BYTES:
         raise SampleError("too_large", f"{key}.{extension} has {size:,} bytes, too many for a tar")
-    fields = (
-        name,
-        b"0000644",
-        b"0000000",
-        b"0000000",
-        b"%011o" % size,
-        b"%011o" % _MTIME,
-        b" " * 8,
-        b"0",
-        b"",
-        b"ustar",
-        b"00",
+    digits = b"%011o" % size
+    # Only name and size differ from header to header, so only they are summed.
+    checksum = _HEADER_SUM + sum(name) + sum(digits)
+    return b"".join(
+        (name, bytes(100 - len(name)), _IDS, digits, _DATE, b"%06o\0 " % checksum, _HEADER_END)
     )
-    header = struct.pack("100s8s8s8s12s12s8s1s100s6s2s247x", *fields)
-    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
 
 @dataclass(frozen=True, slots=True)

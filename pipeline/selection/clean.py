@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.ledger import ledger_schema
-from pipeline.sample import Caption, Origin, Sample, ShardError, Verdict
+from pipeline.sample import Caption, Origin, Sample, Verdict
 from pipeline.selection.candidates import MODELS, ORIGINS, SCORES, Block
 from pipeline.selection.checks import REASONS, Check, Codes
+from pipeline.selection.images import Images
 from pipeline.selection.policies import Chosen
-from pipeline.tar import Span, TarFault, TarSample, TarWriter, read_samples
+from pipeline.tar import Span, TarWriter
 
 _CAPTION = pa.struct(
     [
@@ -158,36 +159,6 @@ class Spans:
 
     image: Span
     json: Span
-
-
-class Images:
-    """The images of a raw tar, asked for in its order; a context of one pass over the tar."""
-
-    def __init__(self, stream: BinaryIO, shard: str) -> None:
-        self._shard = shard
-        self._faults: dict[str | None, TarFault] = {}
-        self._samples = read_samples(stream, shard=shard, on_fault=self._note)
-
-    def get(self, key: str) -> tuple[str, bytes]:
-        """Return the extension and the bytes of a sample's image.
-
-        Raises ShardError where there is none.
-        """
-        for sample in self._samples:
-            if sample.key == key:
-                return self._image_of(sample)
-        fault = self._faults.get(key)
-        problem = fault.message if fault else f"shard {self._shard}: its tar has no sample {key}"
-        raise ShardError(f"{problem}; run `capfilt verify`")
-
-    def _image_of(self, sample: TarSample) -> tuple[str, bytes]:
-        found = [item for item in sample.members.items() if item[0] not in ("json", "txt")]
-        if len(found) != 1:
-            raise ShardError(f"shard {self._shard}: {sample.key} has {len(found)} images")
-        return found[0]
-
-    def _note(self, fault: TarFault) -> None:
-        self._faults[fault.key] = fault
 
 
 def write_images(
