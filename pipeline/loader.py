@@ -27,7 +27,7 @@ from pipeline.loading.images import normalised
 from pipeline.loading.index import read_index
 from pipeline.loading.maker import BatchMaker
 from pipeline.loading.order import Order
-from pipeline.loading.stream import start_stream
+from pipeline.loading.stream import is_lost_worker, start_stream
 from pipeline.loading.timing import LoaderTiming, WaitClock
 
 __all__ = ["Loader", "LoaderConfig", "LoaderError", "LoaderTiming", "TrainingBatch"]
@@ -188,8 +188,8 @@ class Loader(Iterator[TrainingBatch]):
             self._stream = start_stream(self._maker, self._requests, self.config)
         try:
             batch = next(self._stream)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            if not is_lost_worker(error):
                 raise
             self._stop()
             raise LoaderError(

@@ -98,7 +98,9 @@ def resize(pixels: Pixels, side: int) -> Pixels:
     """Return pixels, (H, W, 3) uint8, as a square by antialiased bicubic interpolation."""
     if pixels.shape[:2] == (side, side):
         return pixels
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    image = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)[
+        None
+    ]  # (1, 3, H, W)
     square = F.interpolate(image, (side, side), mode="bicubic", antialias=True)
     return square[0].permute(1, 2, 0).numpy()  # (S, S, 3)
 

@@ -39,18 +39,17 @@ class OpenShard:
         self.record = record
         self._descriptor = -1  # until it is open; `close` is called whatever happens
         self._descriptor = _open(cache, record, "tar")
-        ledger = _open(cache, record, "parquet")
-        with (
-            os.fdopen(ledger, "rb") as stream,
-            os.fdopen(os.dup(self._descriptor), "rb") as tar,
-        ):
-            self.table = ShardTable(record, stream, index.split, tar)
         size, expected = os.fstat(self._descriptor).st_size, record.files["tar"].bytes
         if size != expected:
             raise LoaderError(
                 f"shard {record.name}: {record.name}.tar has {size:,} bytes, not {expected:,}; "
                 "`capfilt verify` says how to make it again"
             )
+        with (
+            os.fdopen(_open(cache, record, "parquet"), "rb") as ledger,
+            os.fdopen(os.dup(self._descriptor), "rb") as tar,
+        ):
+            self.table = ShardTable(record, ledger, index.split, tar)
 
     def read(self, record: Record) -> bytes:
         """Return the bytes of a record's image. Raises SampleError where there are fewer."""

@@ -1,7 +1,9 @@
 """Requests in, batches out, in the same order: torch's DataLoader around the batch maker."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,6 +57,26 @@ def _as_it_is(answer: Any) -> Any:  # noqa: ANN401  (what DataLoader takes for a
     return answer
 
 
+def is_lost_worker(error: Exception) -> bool:
+    """Say whether an error of `next` tells that a worker is gone, rather than what it raised.
+
+    The process that died may have told of a batch whose memory can no longer be asked for.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return text.startswith("DataLoader worker (pid")
+    return "in DataLoader worker process" not in text
+
+
 def _prepare_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
     cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when training's does: DataLoader watches only the server that forked it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
+    os._exit(1)  # nobody is left to tell; the other threads may be waiting for ever
