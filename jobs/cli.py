@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from jobs.commands import cluster, data, look, start
+from jobs.commands import cluster, data, look, start, train
 from jobs.commands.options import DONE, SOME_FAILED, WRONG_INPUT
 from jobs.errors import UserError
 
@@ -36,7 +36,7 @@ app = typer.Typer(
     help="A list of image URLs in, a cleaned image-caption corpus out. Every command may be killed "
     "and given again: it continues.",
 )
-for each in (start, data, look, cluster):
+for each in (start, data, train, look, cluster):
     app.add_typer(each.commands)
 
 

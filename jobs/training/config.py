@@ -25,7 +25,11 @@ class StageConfig(BaseModel):
 
     model_config = _FROZEN
 
-    preset: str = Field(description="Named sizes of the model; see the README's table.")
+    preset: str | None = Field(
+        default=None,
+        description="Named sizes of the model; left out: 'base' for BLIP, begun from "
+        "bert-base-uncased, and 'blip2-opt-2.7b' for BLIP-2.",
+    )
     sources: dict[str, SourceConfig] | None = Field(
         default=None,
         description="Sources to train on and their shares; left out: what the paper trained on.",
@@ -203,28 +207,34 @@ class TrainingConfig(BaseModel):
     workers: WorkersConfig = Field(default_factory=WorkersConfig, description="Who trains.")
     watch: WatchConfig = Field(default_factory=WatchConfig, description="What is written down.")
     med: StageConfig = Field(
-        default=StageConfig(preset="base", text_model="bert-base-uncased"),
+        default_factory=StageConfig,
         description="Pretraining of the mixture of encoder-decoder (BLIP).",
     )
     captioner: StageConfig = Field(
-        default=StageConfig(preset="base"), description="Fine-tuning of CapFilt's captioner."
+        default_factory=StageConfig, description="Fine-tuning of CapFilt's captioner."
     )
     filter: StageConfig = Field(
-        default=StageConfig(preset="base"), description="Fine-tuning of CapFilt's filter."
+        default_factory=StageConfig, description="Fine-tuning of CapFilt's filter."
     )
     stage1: StageConfig = Field(
-        default=StageConfig(preset="blip2-opt-2.7b", text_model="bert-base-uncased"),
+        default_factory=StageConfig,
         description="BLIP-2's first stage: image encoder and Q-Former.",
     )
     stage2: StageConfig = Field(
-        default=StageConfig(preset="blip2-opt-2.7b"),
+        default_factory=StageConfig,
         description="BLIP-2's second stage: Q-Former and language model.",
     )
 
     def of(self, stage: Stage) -> StageConfig:
-        """Return the section of one stage."""
+        """Return the section of one stage, with the paper's model where it names none."""
         section: StageConfig = getattr(self, stage)
-        return section
+        if section.preset is not None:
+            return section
+        text_model = section.text_model
+        if stage in ("med", "stage1") and section.start_from is None:
+            text_model = text_model or "bert-base-uncased"
+        preset = "base" if is_med(stage) else "blip2-opt-2.7b"
+        return section.model_copy(update={"preset": preset, "text_model": text_model})
 
     def content(self) -> dict[str, Any]:
         """Return what decides the weights of all stages."""

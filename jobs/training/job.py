@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.errors import UserError
+from jobs.recipe import Recipe
 from jobs.training.config import Stage, StageConfig, TrainingConfig
 from jobs.training.exports import stage_folder
 from pipeline.corpus import Corpus
+from pipeline.sources.rows import Origin
 from pipeline.store import Store
 
 
@@ -38,3 +41,14 @@ class TrainingJob:
     def open_corpus(self) -> Corpus:
         """Open the corpus at the root."""
         return Corpus(self.root, self.storage_options)
+
+
+def training_job(recipe: Recipe, stage: Stage) -> TrainingJob:
+    """Return the job of one stage of a recipe. Raises UserError for one without training."""
+    if recipe.training is None:
+        raise UserError(
+            "the recipe has no section `training`; add one, even an empty `training: {}`, for the "
+            "papers' settings"
+        )
+    human = tuple(each.name for each in recipe.sources if each.origin is Origin.HUMAN)
+    return TrainingJob(recipe.root, stage, recipe.training, recipe.seed, human)

@@ -1,12 +1,15 @@
 """The numbers of a training stage: the recipe's where it gives them, else the paper's."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from jobs.errors import UserError
 from jobs.training.config import Stage, StageConfig, is_med
 from model.optim import AdamWConfig, DecayRule, EpochCosine, EpochStep, Schedule, WarmupCosine
 from model.presets import BLIP2_PRESETS, MED_PRESETS, Blip2Preset, MedPreset, TrainingHints
+
+Preset = TypeVar("Preset", MedPreset, Blip2Preset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +25,18 @@ class Plan:
 
 def med_preset(stage: Stage, config: StageConfig) -> MedPreset:
     """Return the preset of a stage of BLIP's. Raises UserError for an unknown one."""
-    if config.preset not in MED_PRESETS:
-        raise _unknown_preset(stage, config.preset, MED_PRESETS)
-    return MED_PRESETS[config.preset]
+    return _preset(stage, config, MED_PRESETS)
 
 
 def blip2_preset(stage: Stage, config: StageConfig) -> Blip2Preset:
     """Return the preset of a stage of BLIP-2's. Raises UserError for an unknown one."""
-    if config.preset not in BLIP2_PRESETS:
-        raise _unknown_preset(stage, config.preset, BLIP2_PRESETS)
-    return BLIP2_PRESETS[config.preset]
+    return _preset(stage, config, BLIP2_PRESETS)
 
 
-def _unknown_preset(stage: Stage, name: str, known: Iterable[str]) -> UserError:
-    return UserError(f"training.{stage}.preset = {name!r}: none of {', '.join(known)}")
+def _preset(stage: Stage, config: StageConfig, known: Mapping[str, Preset]) -> Preset:
+    if config.preset is None or config.preset not in known:
+        raise UserError(f"training.{stage}.preset = {config.preset!r}: none of {', '.join(known)}")
+    return known[config.preset]
 
 
 def hints_of(stage: Stage, config: StageConfig) -> TrainingHints:
