@@ -25,7 +25,7 @@ from pipeline.ledger import LedgerWriter
 from pipeline.record import ShardRecord
 from pipeline.runfile import ABSENT, flatten
 from pipeline.sample import ShardError, canonical_json
-from pipeline.score_batches import BatchSize, find_batch_size, run_within_memory
+from pipeline.score_batches import BatchSize, run_within_memory
 from pipeline.score_config import ScoreConfig
 from pipeline.score_images import AheadLimits, DecodeAhead, ScoringStoppedError
 from pipeline.score_input import read_raw_shard
@@ -220,11 +220,7 @@ class ShardScorer:
     def _batch_size(self) -> BatchSize:
         if self._batch is None:
             size = self._config.batch_size
-            if size == "auto":
-                size = find_batch_size(
-                    self._step.probe, self._step.device, self._config.max_batch_size
-                )
-            self._batch = BatchSize(size)
+            self._batch = BatchSize(self._step.batch_size() if size == "auto" else size)
         return self._batch
 
 

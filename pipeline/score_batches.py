@@ -12,7 +12,6 @@ import torch
 from pipeline.sample import ShardError
 
 _log = logging.getLogger(__name__)
-CPU_BATCH = 8  # more gains nothing there: one image fills the cores
 _PROBES = (2, 8)  # images; from two peaks follow what a batch costs and what each image does
 _USABLE = 0.85  # of free memory; the rest is for captions longer than the probe's, and fragments
 
@@ -51,23 +50,21 @@ def run_within_memory(run: Callable[[], None]) -> bool:
     return is_enough
 
 
-def find_batch_size(run: Callable[[int], None], device: torch.device, max_size: int) -> int:
-    """Return how many images to process at a time, a power of two where the device is a GPU.
+def find_gpu_batch_size(run: Callable[[int], None], device: torch.device, max_size: int) -> int:
+    """Return how many images a CUDA device is to process at a time, a power of two.
 
     `run` captions and scores a number of images. Its peaks at two sizes are drawn out to the memory
     that is free; then the size is tried. A power of two, so that what else is on the GPU rarely
     shows in it.
     """
-    if device.type != "cuda":
-        return min(CPU_BATCH, max_size)
     peaks = []
     for size in _PROBES:
         peak = _peak_bytes(run, size, device)
         if peak is None:
-            return _largest_that_runs(run, min(size // 2, max_size))
+            return largest_that_runs(run, min(size // 2, max_size))
         peaks.append(peak)
     free = torch.cuda.mem_get_info(device)[0] * _USABLE
-    return _largest_that_runs(run, min(fitting(_PROBES, peaks, free), max_size))
+    return largest_that_runs(run, min(fitting(_PROBES, peaks, free), max_size))
 
 
 def fitting(sizes: tuple[int, int], peaks: list[int], free: float) -> int:
@@ -89,7 +86,8 @@ def _peak_bytes(run: Callable[[int], None], size: int, device: torch.device) -> 
     return peak
 
 
-def _largest_that_runs(run: Callable[[int], None], size: int) -> int:
+def largest_that_runs(run: Callable[[int], None], size: int) -> int:
+    """Return the first of the powers of two from `size` down for which the memory suffices."""
     size = 1 << (max(1, size).bit_length() - 1)
     while size > 1 and not run_within_memory(partial(run, size)):
         size //= 2

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.image_decode import Pixels
 from pipeline.sample import Origin, SampleError, ShardError
+from pipeline.score_batches import find_gpu_batch_size
 from pipeline.score_config import ScoreConfig
 from pipeline.score_images import decode_image
 from pipeline.score_input import RawImage, RawRow
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.captioner import Captioner, GeneratedCaption
     from pipeline.scorer import PreparedImage, Scorer
 
+_CPU_BATCH = 8
 _PROBE_SIDE = 64  # pixels; the models resize it like any other
 _PROBE_TEXT = "a word " * 64  # longer than any model reads
 _Scores = dict[str, float | None]  # by name
@@ -71,14 +73,6 @@ class ModelStep:
             filter=fingerprints.get("filter"),
             clip=fingerprints.get("clip"),
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the models are."""
-        for model in (self._captioner, self._scorer):
-            if model is not None:
-                return model.device
-        return torch.device("cpu")
 
     def content(self) -> dict[str, Any]:
         """Return all that decides what the captions and scores of an image are."""
@@ -138,7 +132,17 @@ class ModelStep:
             rows.append(caption_rows(image.row, candidates, iter(next(scores)), self._models))
         return rows
 
-    def probe(self, num_images: int) -> None:
+    def batch_size(self) -> int:
+        """Return how many images to show the models at a time, found by trying on a GPU."""
+        models = [model for model in (self._captioner, self._scorer) if model is not None]
+        device = models[0].device if models else torch.device("cpu")
+        most = self._config.max_batch_size
+        if device.type == "cuda":
+            return find_gpu_batch_size(self._probe, device, most)
+        # More gains nothing there: few images fill the cores.
+        return min(_CPU_BATCH if self._captioner is None else self._captioner.images_at_once, most)
+
+    def _probe(self, num_images: int) -> None:
         """Caption and score black images with long texts, to see what it takes."""
         pixels = np.zeros((_PROBE_SIDE, _PROBE_SIDE, 3), dtype=np.uint8)
         candidate = Candidate(text=_PROBE_TEXT, origin=Origin.WEB, index=0)
@@ -185,12 +189,12 @@ class ModelStep:
         if self._scorer is None:
             yield from ([dict.fromkeys(SCORES) for _ in of_image] for of_image in texts)
             return
-        asked = [number for number, of_image in enumerate(texts) if of_image]
-        scored = (
-            self._scorer.score([images[n].score_image for n in asked], [texts[n] for n in asked])
-            if asked
-            else []
-        )
+        asked = {
+            number: image.score_image
+            for number, image in enumerate(images)
+            if image.score_image is not None and texts[number]
+        }
+        scored = self._scorer.score(list(asked.values()), [texts[number] for number in asked])
         found = dict(zip(asked, scored, strict=True))
         for number, image in enumerate(images):
             of_image = [

@@ -7,7 +7,9 @@ with a line when the child has begun, its process id, and one when it has ended,
 
 import io
 import os
+import struct
 import sys
+import zlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,16 +19,17 @@ from PIL import Image
 from transformers import BertTokenizerFast, CLIPConfig, CLIPModel
 
 from model.presets import MED_PRESETS
-from pipeline.captioner import Captioner, CaptionerConfig
+from pipeline.captioner import Captioner
 from pipeline.clip_scorer import ClipScorer
 from pipeline.corpus import Corpus
 from pipeline.download_row import RAW_SCHEMA
 from pipeline.ledger import LedgerWriter
-from pipeline.models import ImagePreprocessor, ModelConfig
+from pipeline.model_configs import CaptionerConfig, ModelConfig, ScorerConfig
+from pipeline.models import ImagePreprocessor
 from pipeline.sample import Caption, Origin, Sample
 from pipeline.score import ShardScorer
 from pipeline.score_config import ScoreConfig
-from pipeline.scorer import ItmFilter, Scorer, ScorerConfig
+from pipeline.scorer import ItmFilter, Scorer
 from pipeline.tar import TarWriter
 
 SOURCE = "web"
@@ -71,16 +74,23 @@ def captions(texts, origin=Origin.WEB):
     return tuple(Caption(text=text, origin=origin, index=index) for index, text in enumerate(texts))
 
 
+def resized_header(png, side):
+    """Return the PNG with a header that claims side x side pixels."""
+    header = b"IHDR" + struct.pack(">II", side, side) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
 def members_of(key, row):
     """Return the files of a kept row, sound or not as its kind says."""
     number, data = row.number, picture(row.number)
     spoilt = {
-        "truncated": data[: len(data) // 2],
+        "truncated": data[:-40],
         "no_image": b"<html>not here</html>",
-        "huge": data[:2] + b"\xff\xc0\x00\x11\x08\xff\xff\xff\xff" + data[2:],
+        "huge": resized_header(picture(number, "PNG"), 60_000),
         "line": picture(number, "PNG", (1500, 1)),
     }
     texts = {
+        "turned": captions([words(number, 3), words(number + 1, 12)])[::-1],
         "empty_caption": captions([" \t"]),
         "no_caption": (),
         "two_captions": captions([words(number, 3), words(number + 1, 12)]),
@@ -107,7 +117,7 @@ def members_of(key, row):
 LOST = {"failed": "http_404", "dropped": "image_too_small"}  # rows without files
 HUMAN = ("human", "human_without")
 KINDS = (
-    "web", "png", "two_captions", "empty_caption", "no_caption", "long_caption", "human",
+    "web", "png", "two_captions", "turned", "empty_caption", "no_caption", "long_caption", "human",
     "human_without", "truncated", "no_image", "huge", "line", "bad_json", "not_utf8", "two_images",
     *LOST,
 )  # fmt: skip
