@@ -16,7 +16,6 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.metrics import Counter, Histogram
 
-from jobs.errors import UserError
 from jobs.pools import Resources
 from jobs.problems import Problem, problem_of
 from jobs.stages.stage import Live, Made, Maker, Stage, Task
@@ -37,8 +36,6 @@ class NotOpened:
     """An actor could not get ready."""
 
     problem: Problem
-    is_for_user: bool
-    """Whether it is a mistake in the recipe or its surroundings."""
 
 
 class ShardWorker:
@@ -60,10 +57,8 @@ class ShardWorker:
             self._maker = self._resources.enter_context(
                 self._stage.open(Live(on_rows=_nobody, should_stop=_never))
             )
-        except UserError as error:
-            return NotOpened(problem_of(error), is_for_user=True)
         except Exception as error:  # sorted and shown by the driver
-            return NotOpened(problem_of(error), is_for_user=False)
+            return NotOpened(problem_of(error))
         return Opened(ray.get_runtime_context().get_node_id(), os.getpid())
 
     def make(self, task: Task) -> Made | Problem:

@@ -73,9 +73,9 @@ class StageBoard:
     num_rows: int = 0
     """Of the source lists, that this run brought through the stage."""
     num_kept: int = 0
-    """Rows kept in the shards that this run made."""
+    """Images that this run brought through the stage."""
     num_judged: int = 0
-    """Rows in the shards that this run made."""
+    """Rows of the source lists in the shards that this run made, those that existed left out."""
 
     @property
     def num_open(self) -> int:
@@ -185,8 +185,8 @@ class Board:
         if made.is_new:
             stage.num_new += 1
             stage.seconds.append(made.seconds)
-            stage.num_judged += made.commit.num_rows
-            stage.num_kept += made.commit.num_kept
+            stage.num_judged += task.num_rows
+            stage.num_kept += made.num_kept
         self._release(stage, task.key)
         return True
 

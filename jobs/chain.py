@@ -7,16 +7,16 @@ one that has just begun.
 from collections.abc import Sequence
 
 from jobs.board import Board, Key, Limits, StageBoard
-from jobs.errors import UserError
 from jobs.plan import plan_run
 from jobs.pools import shards_ahead
 from jobs.recipe import Recipe
 from jobs.run_config import RunConfig
-from jobs.stages.download import DownloadStage, Visit, download_fingerprint
+from jobs.stages.download import DownloadStage, Visit
 from jobs.stages.stage import Commit, Stage, Task
 from pipeline.corpus import Corpus
 from pipeline.layout import UPSTREAM
-from pipeline.record import ShardRecord
+
+Commits = dict[Key, Commit]
 
 
 def limits_of(config: RunConfig, stages: Sequence[str]) -> Limits:
@@ -45,28 +45,29 @@ def lay_out(recipe: Recipe, corpus: Corpus, stages: Sequence[Stage]) -> Board:
             key: Task(stage.folder, task.source, task.index, task.num_rows)
             for key, task in boards[-1].tasks.items()
         }
-        done = commits(recipe, corpus, stage.folder)
+        done = commits(recipe, corpus, stage.folder, stage)
         boards.append(StageBoard(stage.name, stage.folder, tasks, done=done))
     return Board(boards, limits_of(recipe.run, [stage.name for stage in stages]))
 
 
-def commits(recipe: Recipe, corpus: Corpus, folder: str) -> dict[Key, Commit]:
-    """Return the shards of the recipe's sources that exist in a stage."""
+def commits(recipe: Recipe, corpus: Corpus, folder: str, stage: Stage | None) -> Commits:
+    """Return the shards of the recipe's sources that exist in a folder, as the stage wants them."""
     return {
         (source.name, record.index): Commit.of(record)
         for source in recipe.sources
         for record in corpus.shards(folder, source.name)
+        if stage is None or stage.accepts(record)
     }
 
 
 def _downloads(recipe: Recipe, corpus: Corpus, stage: DownloadStage) -> StageBoard:
     plans = plan_run(recipe, corpus)
     tasks: dict[Key, Task] = {}
-    done: dict[Key, Commit] = {}
+    done: Commits = {}
     for plan in plans:
         source = plan.config.name
         for made in plan.done.values():
-            _refuse_other_maker(made, download_fingerprint(recipe))
+            stage.accepts(made)
         for shard in plan.shards:
             key, record = (source, shard.index), plan.done.get(shard.index)
             if stage.visit is Visit.MISSING:
@@ -83,21 +84,12 @@ def _downloads(recipe: Recipe, corpus: Corpus, stage: DownloadStage) -> StageBoa
 
 def _given(recipe: Recipe, corpus: Corpus, folder: str) -> StageBoard:
     """Return a stage that the run starts below: its shards are those that exist."""
-    done = commits(recipe, corpus, folder)
+    done = commits(recipe, corpus, folder, None)
     tasks = {
         (source, index): Task(folder, source, index, commit.num_rows)
         for (source, index), commit in done.items()
     }
     return StageBoard(f"given {folder}", folder, tasks, is_given=True, done=done)
-
-
-def _refuse_other_maker(record: ShardRecord, current: str) -> None:
-    if record.fingerprint != current:
-        raise UserError(
-            f"shard {record.name} was made by another recipe (fingerprint {record.fingerprint}, now"
-            f" {current}); a corpus never mixes recipes: delete {record.stage}/{record.source} or "
-            "write to another root"
-        )
 
 
 def _above(folder: str) -> list[str]:

@@ -141,6 +141,9 @@ class _Driver:
             if self._board.made(task, result):
                 self._watching.made(pool.stage.name, task, result)
             return
+        if result.kind is Kind.USER:
+            self._board.returned(task)
+            raise UserError(result.message)
         if result.kind in (Kind.DEATH, Kind.PREEMPTED):
             pool.bury(worker)
         is_set_aside = self._board.failed(task, result, self._watching.clock())
@@ -155,12 +158,12 @@ class _Driver:
             pool.rest(worker)
             return
         pool.bury(worker)
-        if isinstance(result, NotOpened) and result.is_for_user:
-            raise UserError(result.problem.message)
         # An actor may be placed on a node that has just died, or run out of memory while it loads:
         # the next one may do better, but not for ever.
         pool.num_stillborn += 1
         problem = result.problem if isinstance(result, NotOpened) else result
+        if problem.kind is Kind.USER:
+            raise UserError(problem.message)
         if pool.num_stillborn >= _MAX_STILLBORN or problem.kind is Kind.BUG:
             raise RunError(
                 f"{pool.stage.name}: its workers cannot start: {problem.trace or problem.message}"
@@ -185,6 +188,8 @@ class _Driver:
                 self._watching.warn(
                     health.starved(name, above, num_ready=num_ready, busy=busy, wait=wait)
                 )
+                in_shards = self._watching.accounts[name].times["wait"]
+                self._watching.warn(health.decoding(name, waits=in_shards, busy=busy))
             self._watching.warn(_unplaced(pool, stage, self._watching.clock()))
 
 

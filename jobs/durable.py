@@ -105,8 +105,8 @@ class StageStatus(BaseModel):
     """Of all its workers, making shards."""
     wait_seconds: float = 0.0
     """Of all its workers: starting, and without work."""
-    waits: dict[str, float] = Field(default_factory=dict)
-    """Seconds that makers spent waiting within their shards, by what for."""
+    times: dict[str, float] = Field(default_factory=dict)
+    """Seconds within shards by what they were spent on; `wait` is a GPU's for images."""
 
 
 class FailedShard(BaseModel):

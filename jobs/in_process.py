@@ -67,7 +67,7 @@ class _Worker:
             watching.is_stopped = True
         except Exception as error:  # sorted, counted and shown
             problem = problem_of(error)
-            if problem.kind is Kind.MACHINE:
+            if problem.kind in (Kind.MACHINE, Kind.USER):
                 raise
             is_set_aside = self._board.failed(task, problem, watching.clock())
             watching.failed(stage.name, task, problem, is_set_aside=is_set_aside)

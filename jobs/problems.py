@@ -40,6 +40,8 @@ class Kind(StrEnum):
     """The worker, or its node, died: tried again a few times, for it may be the shard's doing."""
     PREEMPTED = "preempted"
     """The node was taken back, with notice: tried again."""
+    USER = "user"
+    """A mistake in the recipe or its surroundings, which every shard would meet: ends the run."""
     BUG = "bug"
     """Anything else: never tried again, and shown whole."""
 
@@ -66,6 +68,8 @@ class Problem:
 def problem_of(error: Exception) -> Problem:
     """Return what an exception that a maker raised means for its shard."""
     message = str(error) or type(error).__name__
+    if isinstance(error, UserError):
+        return Problem(Kind.USER, message)
     if isinstance(error, (ShardError, SourceError)):
         cause = error.__cause__
         if cause is not None and _is_storage(cause):

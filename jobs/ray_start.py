@@ -46,9 +46,9 @@ def ray_place(config: RunConfig, stages: list[str], address: str | None) -> Iter
 
 
 def _start(config: RunConfig, stages: list[str]) -> None:
-    # Left to itself, Ray writes a token into the user's home; this one lives as long as the run.
+    # Ray demands a token of its own accord, and left to itself writes one into the user's home;
+    # this one lives as long as the run. (The mode was read when Ray was imported.)
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Every actor that was asked for has a place, so that no stage waits for another's to end;
     # more processes than cores only take turns.

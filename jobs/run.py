@@ -1,26 +1,22 @@
 """A data run, in order: is the corpus this recipe's and free, what is missing, make it, sum up."""
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import yaml
 
-from jobs.board import Board
 from jobs.chain import lay_out
 from jobs.corpus_root import open_corpus
-from jobs.durable import Condition, Heart, driving
+from jobs.durable import Condition, driving
 from jobs.errors import RunError, UserError
 from jobs.in_process import work_in_process
-from jobs.progress import Stretch, stage_meters
 from jobs.recipe import Recipe
 from jobs.stages.download import Visit
 from jobs.stages.stage import Stage
 from jobs.stages.stages import chain_of, stages_of
 from jobs.summary import RunSummary
-from jobs.watching import Watching
+from jobs.watching import Watching, watched
 from pipeline.corpus import Corpus
 from pipeline.runfile import FingerprintError, RunFileError, check_same
 
@@ -36,15 +32,28 @@ def run(
     begun with another recipe, another run is at work on it, or a source cannot be read, and
     RunError when it breaks off.
     """
-    return _work(recipe, chain_of(recipe), should_stop, address=address, command=command)
+    return run_stages(recipe, chain_of(recipe), should_stop, address=address, command=command)
 
 
-def download(
-    recipe: Recipe, should_stop: ShouldStop, *, address: str | None = None, command: str = ""
+def run_stage(
+    recipe: Recipe,
+    stage: str,
+    should_stop: ShouldStop,
+    *,
+    address: str | None = None,
+    command: str = "",
 ) -> RunSummary:
+    """Make what is missing of one stage, from what the stage above has. Raises as `run` does.
+
+    Clean shards of another policy are replaced when it is `select` that is asked for.
+    """
+    stages = stages_of(recipe, [stage])
+    return run_stages(recipe, stages, should_stop, address=address, command=command)
+
+
+def download(recipe: Recipe, should_stop: ShouldStop) -> RunSummary:
     """Make every raw shard that is missing. Raises as `run` does."""
-    stages = stages_of(recipe, ["download"])
-    return _work(recipe, stages, should_stop, address=address, command=command)
+    return run_stage(recipe, "download", should_stop)
 
 
 def retry(
@@ -61,23 +70,24 @@ def retry(
     """
     visit = Visit.TRANSIENT if is_only_transient else Visit.FAILED
     stages = stages_of(recipe, ["download"], visit=visit)
-    return _work(recipe, stages, should_stop, address=address, command=command)
+    return run_stages(recipe, stages, should_stop, address=address, command=command)
 
 
-def _work(
+def run_stages(
     recipe: Recipe,
     stages: Sequence[Stage],
     should_stop: ShouldStop,
     *,
-    address: str | None,
-    command: str,
+    address: str | None = None,
+    command: str = "",
 ) -> RunSummary:
+    """Run these stages, upstream first, over the recipe's corpus. Raises as `run` does."""
     corpus = open_corpus(recipe.root)
     _check_recipe(recipe, corpus)
     with driving(corpus, recipe.run, name=recipe.name, command=command) as heart:
         corpus.sweep()
         board = lay_out(recipe, corpus, stages)
-        with _watching(board, heart, should_stop) as watching:
+        with watched(board, heart, should_stop) as watching:
             _make(recipe, stages, watching, address or os.environ.get("RAY_ADDRESS"))
         if heart.is_lost:
             raise RunError(f"{corpus.root}: another run has taken over, and goes on from here")
@@ -113,26 +123,6 @@ def _make(recipe: Recipe, stages: Sequence[Stage], watching: Watching, address: 
     with ray_place(config, [stage.name for stage in stages], address) as place:
         watching.heart.tell(engine="ray")
         work_on_ray(stages, watching.board, watching, config, place)
-
-
-@contextmanager
-def _watching(board: Board, heart: Heart, should_stop: ShouldStop) -> Iterator[Watching]:
-    stretches = [
-        Stretch(
-            stage.name,
-            sum(task.num_rows for task in stage.tasks.values()),
-            sum(stage.tasks[key].num_rows for key in stage.done),
-        )
-        for stage in board.stages
-        if not stage.is_given
-    ]
-    with stage_meters(stretches, unit="rows", stream=sys.stderr) as meters:
-        watching = Watching(board, meters, heart, should_stop)
-        watching.tell(is_last=True)
-        try:
-            yield watching
-        finally:
-            watching.tell(is_last=True)
 
 
 def _condition(summary: RunSummary) -> Condition:

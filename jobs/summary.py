@@ -24,7 +24,8 @@ class StageSummary:
     """Rows of the new shards by verdict and reason."""
     busy_seconds: float
     wait_seconds: float
-    waits: dict[str, float]
+    times: dict[str, float]
+    """Seconds within shards by what they were spent on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class RunSummary:
                 counts=watching.accounts[stage.name].counts,
                 busy_seconds=watching.accounts[stage.name].busy_seconds,
                 wait_seconds=watching.accounts[stage.name].wait_seconds,
-                waits=dict(watching.accounts[stage.name].waits),
+                times=dict(watching.accounts[stage.name].times),
             )
             for stage in watching.working
         )
@@ -141,5 +142,5 @@ def _to_json(stage: StageSummary) -> dict[str, Any]:
         "rows": rows,
         "busy_seconds": round(stage.busy_seconds, 3),
         "wait_seconds": round(stage.wait_seconds, 3),
-        "waits": {name: round(seconds, 3) for name, seconds in stage.waits.items()},
+        "times": {name: round(seconds, 3) for name, seconds in stage.times.items()},
     }

@@ -1,9 +1,11 @@
 """How a run goes, told to the terminal and to the corpus: one account of each stage."""
 
 import logging
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
@@ -11,7 +13,7 @@ from jobs.board import Board, StageBoard
 from jobs.durable import FailedShard, Heart, StageStatus
 from jobs.health import SuccessRate
 from jobs.problems import BugTally, Kind, Problem
-from jobs.progress import Meter
+from jobs.progress import Meter, Stretch, stage_meters
 from jobs.stages.stage import Made, Task
 from pipeline.download_outcome import DownloadOutcome
 from pipeline.record import Counts
@@ -32,8 +34,8 @@ class StageAccount:
     """Of the shard that is being made in this process."""
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Rows of new shards by verdict and reason."""
-    lines: list[str] = field(default_factory=list)
-    waits: Counter[str] = field(default_factory=Counter)
+    times: Counter[str] = field(default_factory=Counter)
+    """Seconds of its makers by what they were spent on."""
     num_actors: int = 0
     busy_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -89,14 +91,13 @@ class Watching:
     def made(self, stage: str, task: Task, made: Made) -> None:
         """Count a shard that exists now; `stage` is what made it."""
         account = self.accounts[stage]
-        kept = made.counts.kept if made.is_new else 0
-        done = task.num_rows if made.is_new else 0
-        self.meters[stage].advance(done - account.live_rows, kept - account.live_kept)
+        self.meters[stage].advance(
+            task.num_rows - account.live_rows, made.num_kept - account.live_kept
+        )
         account.live_rows = account.live_kept = 0
-        account.waits.update(made.waits)
+        account.times.update(made.times)
         if made.is_new:
             account.counts.update(_tally(made.counts))
-            account.lines.extend(made.lines)
         if made.download is not None:
             self.download.merge(made.download)
             self.warn(self._success.add(made.download))
@@ -176,8 +177,29 @@ class Watching:
             actors=account.num_actors,
             busy_seconds=round(account.busy_seconds, 3),
             wait_seconds=round(account.wait_seconds, 3),
-            waits={name: round(seconds, 3) for name, seconds in account.waits.items()},
+            times={name: round(seconds, 3) for name, seconds in account.times.items()},
         )
+
+
+@contextmanager
+def watched(board: Board, heart: Heart, should_stop: Callable[[], bool]) -> Iterator[Watching]:
+    """Show the progress of a run on the terminal, and keep its status, until left."""
+    stretches = [
+        Stretch(
+            stage.name,
+            sum(task.num_rows for task in stage.tasks.values()),
+            sum(stage.tasks[key].num_rows for key in stage.done),
+        )
+        for stage in board.stages
+        if not stage.is_given
+    ]
+    with stage_meters(stretches, unit="rows", stream=sys.stderr) as meters:
+        watching = Watching(board, meters, heart, should_stop)
+        watching.tell(is_last=True)
+        try:
+            yield watching
+        finally:
+            watching.tell(is_last=True)
 
 
 def _tally(counts: Counts) -> Counter[tuple[str, str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from jobs.corpus_root import open_corpus
+from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.stages.stage import Commit, Live, Made, StoppedError, Task
 from pipeline.corpus import Corpus
@@ -14,6 +15,7 @@ from pipeline.download import STAGE, Downloader, ShardDownload, Watch
 from pipeline.download_order import DownloadStoppedError
 from pipeline.download_row import RowResult
 from pipeline.fetch import Fetcher
+from pipeline.record import ShardRecord
 from pipeline.sample import ShardError, Verdict, canonical_json
 from pipeline.sources.shards import read_shard
 
@@ -43,6 +45,17 @@ class DownloadStage:
     """Processes that share what may be asked of one host."""
     name: str = "download"
     folder: str = STAGE
+
+    def accepts(self, record: ShardRecord) -> bool:
+        """Return True for a shard of this recipe. Raises UserError for any other."""
+        current = download_fingerprint(self.recipe)
+        if record.fingerprint != current:
+            raise UserError(
+                f"shard {record.name} was made by another recipe (fingerprint "
+                f"{record.fingerprint}, now {current}); a corpus never mixes recipes: delete "
+                f"{record.stage}/{record.source} or write to another root"
+            )
+        return True
 
     @contextmanager
     def open(self, live: Live) -> Iterator["DownloadMaker"]:
@@ -84,6 +97,7 @@ class DownloadMaker:
             commit=Commit.of(done.record),
             counts=done.record.counts,
             is_new=done.is_new,
+            num_kept=done.outcome.total.num_kept,
             download=done.outcome,
         )
 

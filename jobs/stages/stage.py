@@ -42,7 +42,6 @@ class Commit:
     inputs: str | None
     fingerprint: str
     num_rows: int
-    num_kept: int
 
     @classmethod
     def of(cls, record: ShardRecord) -> "Commit":
@@ -52,7 +51,6 @@ class Commit:
             inputs=record.inputs,
             fingerprint=record.fingerprint,
             num_rows=record.rows_in,
-            num_kept=record.counts.kept,
         )
 
 
@@ -63,10 +61,10 @@ class Made:
     commit: Commit
     counts: Counts
     is_new: bool
-    lines: tuple[str, ...] = ()
-    """What the maker wants said about it."""
-    waits: dict[str, float] = field(default_factory=dict)
-    """Seconds the maker spent waiting, by what for."""
+    num_kept: int
+    """Images that this attempt brought through; 0 where the shard existed."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Seconds by what they were spent on, where the maker keeps count."""
     download: DownloadOutcome | None = None
     seconds: float = 0.0
     """In the worker."""
@@ -96,7 +94,7 @@ class Maker(Protocol):
         """Return the shard, made unless it exists.
 
         Safe to repeat, also while another process makes the same one. Raises ShardError,
-        SourceError, OSError and StoppedError; anything else is a bug.
+        SourceError, OSError, StoppedError, and UserError that ends the run; all else is a bug.
         """
 
 
@@ -110,6 +108,12 @@ class Stage(Protocol):
     @property
     def folder(self) -> str:
         """The folder its shards stand in: raw, captions, clean."""
+
+    def accepts(self, record: ShardRecord) -> bool:
+        """Say whether a shard that exists is as this stage would make it, or to be made anew.
+
+        Raises UserError where it is neither: a corpus never mixes what was made differently.
+        """
 
     def open(self, live: Live) -> AbstractContextManager[Maker]:
         """Open what is needed to make shards; done once in each worker.
