@@ -143,8 +143,9 @@ class Selector:
         """Return the clean shard of a raw shard and its sidecar, made unless it is there.
 
         One of an older sidecar is made anew. Raises OtherPolicyError where one of another policy is
-        there and may not be replaced, and ShardError; then what was there before is there still.
-        Safe to repeat, also while another process makes the same shard: one of them wins whole.
+        there and may not be replaced, MissingScoresError where the sidecar was not scored for this
+        policy, and ShardError; then what was there before is there still. Safe to repeat, also
+        while another process makes the same shard: one of them wins whole.
         """
         _check_lineage(raw, scored)
         existing = self._corpus.record(STAGE, raw.source, raw.index)
@@ -153,6 +154,7 @@ class Selector:
                 raise OtherPolicyError(existing, self.content)
             if (existing.fingerprint, existing.inputs) == (self.fingerprint, scored.sha256):
                 return ShardSelection(existing, SelectionOutcome(), is_new=False)
+        self.check_scores([scored])
         started_at = time.perf_counter()
         outcome = SelectionOutcome()
         with self._corpus.writer(
