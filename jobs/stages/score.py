@@ -1,13 +1,14 @@
 """The score stage: raw shards -> every caption and every score, by the models on one device."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.corpus_root import open_corpus
 from jobs.errors import UserError
 from jobs.stages.stage import Commit, Live, Made, StoppedError, Task
+from jobs.trained import found_model
 from pipeline.corpus import Corpus
 from pipeline.layout import MARKER, parse_name
 from pipeline.model_configs import CaptionerConfig, ScorerConfig
@@ -57,7 +58,8 @@ class ScoreStage:
     def open(self, live: Live) -> Iterator["ScoreMaker"]:
         """Load the models onto the GPU if this process has one."""
         corpus = open_corpus(self.root)
-        captioner, scorer = self._load()
+        with ExitStack() as stack:
+            captioner, scorer = self._load(stack)
         watch = Watch(
             on_row=lambda rows: live.on_rows(1, int(any(r["verdict"] == "kept" for r in rows))),
             should_stop=live.should_stop,
@@ -68,7 +70,7 @@ class ScoreStage:
         self._check_weights(corpus, shard_scorer)
         yield ScoreMaker(corpus, shard_scorer)
 
-    def _load(self) -> "tuple[Captioner | None, Scorer | None]":
+    def _load(self, stack: ExitStack) -> "tuple[Captioner | None, Scorer | None]":
         import torch
 
         from model.weight_files import CheckpointError
@@ -80,11 +82,14 @@ class ScoreStage:
         captioner = scorer = None
         try:
             if self.captioner is not None:
-                captioner = Captioner.load(
-                    self.captioner, seed=self.seed, device=device, dtype=dtype
-                )
+                found = stack.enter_context(found_model(self.captioner, self.root, "captioner"))
+                captioner = Captioner.load(found, seed=self.seed, device=device, dtype=dtype)
             if self.scorer is not None:
-                scorer = Scorer.load(self.scorer, device=device, dtype=dtype)
+                models = self.scorer
+                if models.filter is not None:
+                    own = stack.enter_context(found_model(models.filter, self.root, "filter"))
+                    models = models.model_copy(update={"filter": own})
+                scorer = Scorer.load(models, device=device, dtype=dtype)
         except (ModelError, CheckpointError) as error:
             raise UserError(str(error)) from error
         return captioner, scorer
