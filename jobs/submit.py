@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jobs
 import model
@@ -176,9 +177,21 @@ def _metadata(recipe: Recipe) -> dict[str, str]:
     return {
         RUN_KEY: recipe.name,
         ROOT_KEY: recipe.root,
-        CONTENT_KEY: _digest(canonical_json(recipe.content())),
+        CONTENT_KEY: _digest(canonical_json(_content(recipe))),
         RECIPE_KEY: _digest(dump_recipe(recipe)),
     }
+
+
+def _content(recipe: Recipe) -> dict[str, Any]:
+    """Return what decides the bytes of every stage, without name, place and pace."""
+    parts = {
+        "captioner": recipe.captioner,
+        "scorer": recipe.scorer,
+        "score": recipe.score,
+        "select": recipe.select,
+    }
+    contents = {key: part.content() if part is not None else None for key, part in parts.items()}
+    return {"raw": recipe.content(), **contents}
 
 
 def _digest(text: str) -> str:

@@ -100,6 +100,49 @@ def list_(address: Address = _HERE) -> None:
     typer.echo(list_text(JobServer(address)))
 
 
+@commands.command(
+    rich_help_panel=CLUSTER, epilog="Example: capfilt plan cc3m.yaml --cluster ray_cluster.yaml"
+)
+def plan(
+    recipe: RecipeFile,
+    cluster: Annotated[str, typer.Option(metavar="FILE", help="A Ray cluster file with prices.")],
+    sets: Overrides = None,
+    rates: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|KEY=VALUE",
+            help="What you know: a file of `capfilt probe`, or e.g. rows.laion=115000000.",
+        ),
+    ] = None,
+    probe_rows: Annotated[
+        int, typer.Option("--probe", min=0, help="Measure first, with so many rows a source.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Reckon what a run will take on a cluster: hours, GPU-hours, TB, money, survivors.
+
+    Nothing is made. What the next `capfilt run` would do is `capfilt run --dry-run`.
+    """
+    from jobs.estimate.command import Question, answer
+
+    question = Question(recipe, cluster, tuple(sets or ()), tuple(rates or ()), probe_rows)
+    typer.echo(answer(question, as_json=as_json))
+
+
+@commands.command(
+    rich_help_panel=CLUSTER, epilog="Example: capfilt probe cc3m.yaml --rows 300 > rates.yaml"
+)
+def probe(
+    recipe: RecipeFile,
+    sets: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each source.")] = 300,
+) -> None:
+    """Measure rates for `plan`: the first rows of every source through all stages, here."""
+    from jobs.estimate.command import measure
+
+    typer.echo(measure(recipe, tuple(sets or ()), rows), nl=False)
+
+
 def _follow(server: "JobServer", attempt: "Attempt", again: str) -> None:
     """End the command as the run ends; Ctrl-C only looks away."""
     from jobs.submit import follow_run
