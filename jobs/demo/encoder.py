@@ -29,9 +29,8 @@ from model.image_encoder_files import save_image_encoder
 from model.losses import IGNORED
 from model.presets import DEMO_VIT
 from model.vision import ImageEncoder
+from pipeline.models import CLIP_MEAN, CLIP_STD
 
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _QUESTIONS = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES}
 _COVERED = 0.85  # a patch shows an object if its centre is within so much of the object's radius
 _ASPECTS = (0.65, 1.55)  # of a picture before it is squeezed to a square
@@ -79,7 +78,8 @@ def train_encoder(config: EncoderTraining) -> tuple[ImageEncoder, dict[str, floa
 
 def normalised(pictures: NDArray[np.uint8]) -> Tensor:
     """Return (B, 3, S, S) float32 of (B, S, S, 3) uint8 RGB, as CLIP and BLIP normalise."""
-    scaled = (pictures.astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+    mean, std = np.float32(CLIP_MEAN), np.float32(CLIP_STD)
+    scaled = (pictures.astype(np.float32) / 255 - mean) / std
     return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy())
 
 

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
+from jobs.corpus_root import open_corpus
 from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.stages.download import DownloadStage, Visit
 from jobs.stages.stage import Stage
 from jobs.training.config import TRAINED
-from pipeline.model_configs import CaptionerConfig, ModelConfig, ScorerConfig
+from jobs.training.config import Stage as TrainingStage
 
 _log = logging.getLogger(__name__)
 DOWNLOAD, SCORE, SELECT = "download", "score", "select"
@@ -31,10 +31,26 @@ class UntrainedError(UserError):
     """A recipe names a model that it has not trained yet."""
 
 
+def untrained(recipe: Recipe) -> list[TrainingStage]:
+    """Return which of captioner and filter are to be the run's own and do not exist yet."""
+    captioner, scorer = recipe.captioner, recipe.scorer
+    wanted: list[TrainingStage] = []
+    if captioner is not None and captioner.name == TRAINED:
+        wanted.append("captioner")
+    if scorer is not None and scorer.filter is not None and scorer.filter.name == TRAINED:
+        wanted.append("filter")
+    if not wanted:
+        return []
+    from jobs.training.exports import read_card  # brings torch
+
+    store = open_corpus(recipe.root).store
+    return [stage for stage in wanted if read_card(store, stage) is None]
+
+
 def stages_of(recipe: Recipe, names: Sequence[str], *, visit: Visit = Visit.MISSING) -> list[Stage]:
     """Return the stages of these names; `visit` is for a download.
 
-    Raises UserError for a stage that the recipe says nothing of.
+    Raises UserError for a stage that the recipe says nothing of, and UntrainedError.
     """
     stages: list[Stage] = []
     for name in names:
@@ -49,22 +65,15 @@ def stages_of(recipe: Recipe, names: Sequence[str], *, visit: Visit = Visit.MISS
 
 
 def _score(recipe: Recipe) -> Stage:
-    captioner, scorer = recipe.captioner, recipe.scorer
-    if captioner is not None and captioner.name == TRAINED:
-        captioner = captioner.model_copy(update={"name": _export(recipe, "captioner")})
-    if scorer is not None and scorer.filter is not None and scorer.filter.name == TRAINED:
-        own = ModelConfig(name=_export(recipe, "filter"))
-        scorer = scorer.model_copy(update={"filter": own})
-    return _score_stage(recipe, captioner, scorer)
-
-
-def _score_stage(
-    recipe: Recipe, captioner: CaptionerConfig | None, scorer: ScorerConfig | None
-) -> Stage:
+    if missing := untrained(recipe):
+        raise UntrainedError(
+            f"the recipe asks for the {' and '.join(missing)} that this run trains itself, which "
+            "it has not yet: capfilt pretrain does, and capfilt run does all in order"
+        )
     # It brings torch, which a download does without.
     from jobs.stages.score import ScoreStage
 
-    return ScoreStage(recipe.root, captioner, scorer, recipe.score, recipe.seed)
+    return ScoreStage(recipe.root, recipe.captioner, recipe.scorer, recipe.score, recipe.seed)
 
 
 def _select(recipe: Recipe, *, is_replacing: bool) -> Stage:
@@ -73,14 +82,3 @@ def _select(recipe: Recipe, *, is_replacing: bool) -> Stage:
     if recipe.select is None:
         raise UserError("the recipe has no `select`: say which captions to keep, e.g. select: {}")
     return SelectStage(recipe.root, recipe.select, is_replacing)
-
-
-def _export(recipe: Recipe, stage: str) -> str:
-    """Return the folder of a model that was trained on this corpus."""
-    folder = Path(recipe.root, "train", stage, "export")
-    if not folder.is_dir():
-        raise UntrainedError(
-            f"the {stage} is to be this run's own, and is not trained yet ({folder} is missing): "
-            "train it first (capfilt pretrain)"
-        )
-    return str(folder)
