@@ -78,7 +78,7 @@ def train_encoder(config: EncoderTraining) -> tuple[ImageEncoder, dict[str, floa
 
 def normalised(pictures: NDArray[np.uint8]) -> Tensor:
     """Return (B, 3, S, S) float32 of (B, S, S, 3) uint8 RGB, as CLIP and BLIP normalise."""
-    mean, std = np.float32(CLIP_MEAN), np.float32(CLIP_STD)
+    mean, std = np.asarray((CLIP_MEAN, CLIP_STD), np.float32)
     scaled = (pictures.astype(np.float32) / 255 - mean) / std
     return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy())
 
