@@ -102,10 +102,12 @@ def bert_tokenizer(folder: Path, med: MedConfig) -> BertTokenizer:
     [DEC] and [ENC] are BLIP's additions to BERT's vocabulary. Published folders often hold BERT's
     own tokenizer, which stops right before them; anything else raises ModelError.
     """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise ModelError(f"{folder} has no BERT tokenizer: neither tokenizer.json nor vocab.txt")
     try:
         tokenizer: BertTokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} has no BERT tokenizer: {_first_line(error)}") from error
+        raise ModelError(f"{folder} has no sound BERT tokenizer: {_first_line(error)}") from error
     vocabulary = tokenizer.get_vocab()
     for token, expected in (("[DEC]", med.caption_start_id), ("[ENC]", med.match_start_id)):
         found = vocabulary.get(token)

@@ -15,26 +15,8 @@ from transformers import (
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [
-    "a",
-    "picture",
-    "of",
-    "cat",
-    "dog",
-    "red",
-    "blue",
-    "box",
-    "on",
-    "the",
-    "tree",
-    "car",
-    "big",
-    "small",
-    "##s",
-    "##y",
-    ",",
-    "'",
-    "-",
-    "two",
+    *("a", "picture", "of", "cat", "dog", "red", "blue", "box", "on", "the"),
+    *("tree", "car", "big", "small", "##s", "##y", ",", "'", "-", "two"),
 ]
 IMAGE = 32
 
@@ -48,6 +30,8 @@ def bert_vocabulary(size=100):
 def save_bert_tokenizer(folder, size=100, extra=()):
     """Write the tokenizer of a BLIP folder; `extra` tokens come behind the vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("tokenizer*.json"):
+        old.unlink()
     (folder / "vocab.txt").write_text("\n".join(bert_vocabulary(size)))
     tokenizer = BertTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": list(extra)})
