@@ -43,10 +43,10 @@ def build_report(
     found, chosen = _gather(corpus, compare, limits or SqlLimits())
     found_compact = json.dumps(found, ensure_ascii=False, allow_nan=False, sort_keys=True)
     return ReportPaths(
-        page=_write(corpus, "index.html", render(found, chosen)),
-        numbers=_write(corpus, "report.json", found_compact + "\n"),
-        card=_write(corpus, "README.md", dataset_card(found)),
-        croissant=_write(corpus, "croissant.json", croissant(found)),
+        page=write_file(corpus, "index.html", render(found, chosen)),
+        numbers=write_file(corpus, "report.json", found_compact + "\n"),
+        card=write_file(corpus, "README.md", dataset_card(found)),
+        croissant=write_file(corpus, "croissant.json", croissant(found)),
     )
 
 
@@ -69,7 +69,7 @@ def _gather(
     raise AssertionError("the last round returns or raises")
 
 
-def _write(corpus: Corpus, name: str, text: str) -> str:
+def write_file(corpus: Corpus, name: str, text: str) -> str:
     """Put a file of the report at once, and return where it is."""
     store = corpus.store
     store.make_folder(FOLDER)

@@ -81,7 +81,7 @@ def _layout() -> Iterator[str]:
     yield "WebDataset tars `clean/<source>/<shard>.tar`, each with `key.jpg` (the image),"
     yield "`key.txt` (its best caption) and `key.json` (every kept caption with its scores, the URL"
     yield "and hash of the image, and the models). `clean/<source>/<shard>.parquet` is the ledger:"
-    yield "one row for every input URL, with `verdict` and `reason`. Nothing disappears in silence.\n"
+    yield "one row for every input URL, with `verdict` and `reason`; nothing disappears silently.\n"
     yield "```python"
     yield "import webdataset"
     yield 'pairs = webdataset.WebDataset("00000.tar").decode("pil").to_tuple("jpg", "txt")'

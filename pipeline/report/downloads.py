@@ -34,7 +34,8 @@ _HOSTS_SQL = f"""
 """
 _LICENCES_SQL = """
     WITH given AS (
-        SELECT coalesce(extra ->> '$.license', extra ->> '$.LICENSE', extra ->> '$.licence') AS name
+        SELECT CASE WHEN json_valid(extra) THEN coalesce(
+            extra ->> '$.license', extra ->> '$.LICENSE', extra ->> '$.licence') END AS name
         FROM raw WHERE verdict = 'kept' AND extra ILIKE '%"licen%'
     )
     SELECT name, count(*) FROM given WHERE name IS NOT NULL GROUP BY ALL ORDER BY 2 DESC, 1

@@ -74,7 +74,7 @@ def figure(value: object) -> str:
     if value is None:
         return ABSENT
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}".replace("-", "−")
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, list) and all(isinstance(v, int | float) for v in value):

@@ -4,6 +4,7 @@ They come from a few shards spread over the corpus, and in each are chosen by a 
 same corpus shows the same ones.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -162,7 +163,7 @@ def itm_threshold(settings: object) -> float:
 
 def choose(found: Sequence[Example]) -> list[Example]:
     """Return at most MAX_SAMPLES of each group, as evenly from the shards as they allow."""
-    chosen: list[Example] = []
+    chosen: list[list[Example]] = []
     for group in Group:
         by_shard: dict[str, list[Example]] = {}
         for example in found:
@@ -174,8 +175,10 @@ def choose(found: Sequence[Example]) -> list[Example]:
             for queue in queues:
                 taken.append(queue.pop())
             queues = [queue for queue in queues if queue]
-        chosen += taken[:MAX_SAMPLES]
-    return chosen
+        chosen.append(taken[:MAX_SAMPLES])
+    # One of each group in turn, so that the first ones seen are of every kind.
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*chosen))
+    return [example for example in in_turn if example is not None]
 
 
 def _add_thumbnails(

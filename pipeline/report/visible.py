@@ -10,7 +10,7 @@ MAX_CHARS = 500
 _SHOWN = frozenset("\u200c\u200d")  # joiners: scripts and emoji need them, and they move nothing
 # Format, control, private, unassigned and surrogate characters, line and paragraph separators.
 _HIDDEN = frozenset({"Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"})
-_NAMES = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+_NAMES = {"\n": "⏎", "\t": "⇥"}
 _MAX_MARKS = 4  # combining marks on one letter; more are meant to deface what is around
 
 

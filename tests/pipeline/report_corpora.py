@@ -78,12 +78,11 @@ def drawing(seed):
     return stream.getvalue()
 
 
-def commit(corpus, stage, source, index, rows, *, images=None, inputs=None, replace=None):
-    """Commit one shard of a stage with these rows, and a tar of these images by key."""
+def commit(corpus, place, rows, *, images=None, **options):
+    """Commit the shard (stage, source, index) with these rows, and a tar of images by key."""
+    stage = place[0]
     schema = SCHEMAS[stage]
-    with corpus.writer(
-        stage, source, index, fingerprint="0123456789abcdef", inputs=inputs, replace=replace
-    ) as writer:
+    with corpus.writer(*place, fingerprint="0123456789abcdef", **options) as writer:
         with LedgerWriter(writer.path("parquet"), schema) as ledger:
             spans = {}
             if images is not None:
@@ -243,8 +242,8 @@ class Maker:
         return row if kept else row | {"verdict": "dropped", "reason": "no_caption_kept"}
 
 
-def build(root, sources, *, seed=0, texts=(), stages=3, threshold=0.5, num_synthetic=1):
-    """Make a corpus of {source: [rows of each shard]}, as far as so many stages; return all rows."""
+def build(root, sources, *, seed=0, texts=(), stages=3, threshold=0.5):
+    """Make a corpus of {source: [rows of each shard]}, and return it and its rows."""
     corpus, made = Corpus(str(root)), {"raw": [], "captions": [], "clean": []}
     corpus.write_run('name: example\nseed: 7\nhostile: "<script>window.pwned = 1</script>"\n')
     for source, shards in sources.items():
@@ -255,22 +254,18 @@ def build(root, sources, *, seed=0, texts=(), stages=3, threshold=0.5, num_synth
             images = {
                 r["key"]: drawing(f"{source}{r['key']}") for r in raw if r["verdict"] == "kept"
             }
-            above = commit(corpus, "raw", source, index, raw, images=images)
+            above = commit(corpus, ("raw", source, index), raw, images=images)
             made["raw"] += raw
             if stages == 1:
                 continue
-            by_key = {
-                r["key"]: maker.caption_rows(r, num_synthetic)
-                for r in raw
-                if r["verdict"] == "kept"
-            }
+            by_key = {r["key"]: maker.caption_rows(r) for r in raw if r["verdict"] == "kept"}
             rows = [row for rows in by_key.values() for row in rows]
-            above = commit(corpus, "captions", source, index, rows, inputs=above.sha256)
+            above = commit(corpus, ("captions", source, index), rows, inputs=above.sha256)
             made["captions"] += rows
             if stages == 2:
                 continue
             clean = [maker.clean_row(r, by_key.get(r["key"]), threshold) for r in raw]
             kept = {r["key"]: images[r["key"]] for r in clean if r["verdict"] == "kept"}
-            commit(corpus, "clean", source, index, clean, images=kept, inputs=above.sha256)
+            commit(corpus, ("clean", source, index), clean, images=kept, inputs=above.sha256)
             made["clean"] += clean
     return corpus, made

@@ -18,21 +18,22 @@ CHARTS.funnel = function (width) {
     }
     if (others) bars.push({ stage, source: "(other sources)", n: others });
   }
-  const names = [...new Set(bars.map((b) => b.source))];
+  const names = [...bySize, ...(sources.length > bySize.length ? ["(other sources)"] : [])];
   const shade = (name) => {
     const i = names.indexOf(name);
     return 1 - 0.72 * (names.length > 1 ? i / (names.length - 1) : 0);
   };
-  return plot({
+  const drawn = plot({
     width, height: 34 + 44 * stages.length, marginLeft: 92, marginRight: width < 500 ? 92 : 130, marginTop: 4,
     x: { label: null, ticks: width < 500 ? 3 : 6, tickFormat: (n) => short.format(n), grid: true },
     y: { label: null, domain: stages.map((s) => s[0]), tickSize: 0, padding: 0.28 },
     marks: [
-      Plot.barX(bars, Plot.stackX({ order: names, x: "n", y: "stage", fill: "var(--kept)", fillOpacity: (b) => shade(b.source), insetRight: 1 })),
+      Plot.barX(bars, Plot.stackX({ order: names, z: "source", x: "n", y: "stage", fill: "var(--kept)", fillOpacity: (b) => shade(b.source), insetRight: 1 })),
       Plot.text(stages, { x: (s) => s[1], y: (s) => s[0], text: (s) => `${whole.format(s[1])}  ${percent(s[1], total.raw.rows)}`, textAnchor: "start", dx: 6, fill: "var(--ink)", fontWeight: 600, fontSize: width < 500 ? 10 : 12 }),
-      Plot.tip(bars, Plot.pointer(Plot.stackX({ order: names, x: "n", y: "stage", fill: "var(--paper)", stroke: "var(--strong-line)", title: (b) => `${b.source}\n${b.stage}: ${whole.format(b.n)}` }))),
+      Plot.tip(bars, Plot.pointer(Plot.stackX({ order: names, z: "source", x: "n", y: "stage", fill: "var(--paper)", stroke: "var(--strong-line)", title: (b) => `${b.source}\n${b.stage}: ${whole.format(b.n)}` }))),
     ],
   });
+  return names.length > 1 ? [legend(names.map((name) => [name, "var(--kept)", shade(name)])), drawn] : drawn;
 };
 
 CHARTS.causes = function (width) {
@@ -85,12 +86,12 @@ function lengths(width, field, unit, label) {
   for (const [origin, s] of Object.entries(DATA.texts.by_origin)) {
     const found = s[field];
     if (!found || !found.bins.length) continue;
-    end = Math.max(end, found.percentiles.p99 + 2 * unit);
+    end = Math.max(end, Math.min(found.percentiles.p99, 2 * found.percentiles.p95) + 2 * unit);
     series.push({ name: origin, bins: found.bins });
   }
   const isCut = series.some((s) => s.bins.some((b) => b[0] * unit > end));
   const cut = series.map((s) => ({ name: s.name, bins: s.bins.filter((b) => b[0] * unit <= end) }));
-  return histogram(width, cut, { unit, label: isCut ? `${label} (the longest 1% are not drawn)` : label });
+  return histogram(width, cut, { unit, label: isCut ? `${label} (the longest are not drawn)` : label });
 }
 CHARTS["caption-words"] = (width) => lengths(width, "words", 1, "words");
 CHARTS["caption-characters"] = (width) => lengths(width, "characters", 5, "characters");
@@ -111,8 +112,13 @@ CHARTS.aspect = function (width) {
 
 CHARTS.bytes = function (width) {
   const bins = DATA.images.bytes.bins.map(([b, n]) => ({ from: 2 ** (b / 2), to: 2 ** ((b + 1) / 2), n }));
-  return bins.length ? bars(width, bins, "bytes", (v) => short.format(v), 4) : null;
+  return bins.length ? bars(width, bins, "bytes", inBytes, 4) : null;
 };
+
+function inBytes(value) {
+  const power = Math.min(3, Math.max(0, Math.floor(Math.log2(value) / 10)));
+  return `${short.format(value / 1024 ** power)} ${["B", "KiB", "MiB", "GiB"][power]}`;
+}
 
 function bars(width, bins, label, format, base) {
   return plot({

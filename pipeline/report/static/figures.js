@@ -26,12 +26,15 @@ function element(tag, text, className) {
   return made;
 }
 
+// Of [name, kind of origin] or [name, colour, opacity].
 function legend(entries) {
   const list = element("ul", undefined, "legend");
   list.setAttribute("aria-hidden", "true");
-  for (const [name, kind] of entries) {
+  for (const [name, kind, opacity] of entries) {
     const item = element("li");
-    item.append(element("span", name, `origin ${kind}`));
+    const mark = element("span", name, `origin ${opacity === undefined ? kind : "shade"}`);
+    if (opacity !== undefined) mark.style.setProperty("--shade", `color-mix(in srgb, ${kind} ${100 * opacity}%, var(--paper))`);
+    item.append(mark);
     list.append(item);
   }
   return list;
@@ -83,7 +86,7 @@ function histogram(width, series, { unit, label, height = 170, x = {}, y = {} })
     marks: [
       ...series.map(({ name }) => Plot.rectY(points.filter((p) => p.name === name), {
         x1: "from", x2: "to", y: "share", fill: colourOf(name),
-        fillOpacity: series.length > 1 ? 0.45 : 0.85, insetLeft: 0.3, insetRight: 0.3,
+        fillOpacity: series.length > 1 ? 0.2 : 0.7, insetLeft: 0.3, insetRight: 0.3,
       })),
       ...series.map(({ name }) => Plot.lineY(outline(points.filter((p) => p.name === name)), {
         x: "at", y: "share", stroke: colourOf(name), strokeWidth: 1.3,
