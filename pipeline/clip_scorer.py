@@ -75,10 +75,11 @@ class ClipScorer:
     def similarities(
         self, pixels: Tensor, texts: Sequence[Sequence[str]]
     ) -> list[list[float | None]]:
-        """Return the cosine of each text with its image; `pixels` is (B, 3, S, S)."""
+        """Return the cosine of each text with its image; `pixels` is (B, 3, S, S).
+
+        Every image has a text.
+        """
         distinct = list(dict.fromkeys(text for each in texts for text in each))
-        if not distinct:
-            return [[] for _ in texts]
         rows = {text: row for row, text in enumerate(distinct)}
         images, features = self._image_features(pixels), self._text_features(distinct)
         return [

@@ -101,7 +101,10 @@ class ItmFilter:
 
     @torch.inference_mode()
     def matches(self, pixels: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Match]]:
-        """Return ITM and ITC of each text with its image; `pixels` is (B, 3, S, S)."""
+        """Return ITM and ITC of each text with its image; `pixels` is (B, 3, S, S).
+
+        Every image has a text.
+        """
         found: list[list[Match]] = []
         for start in range(0, len(texts), self._images_at_once):
             group = slice(start, start + self._images_at_once)
@@ -110,8 +113,6 @@ class ItmFilter:
 
     def _group(self, pixels: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Match]]:
         distinct = [list(dict.fromkeys(each)) for each in texts]
-        if not any(distinct):
-            return [[] for _ in texts]
         missing = self._images_at_once - len(pixels)
         padded = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing)).to(self.device, self._dtype)
         embeds = self._model.encode_image(padded)
@@ -156,8 +157,6 @@ class ItmFilter:
         ]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
         read = [cleaned(text) for text in texts] if self._config.is_text_cleaned else list(texts)
         encoded = self._tokenizer(read, truncation=True, max_length=self._config.max_tokens)
         ids: list[list[int]] = encoded["input_ids"]
@@ -233,8 +232,17 @@ class Scorer:
         """
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images with texts for {len(texts)}")
-        if not images:
-            return []
+        asked = [number for number, each in enumerate(texts) if each]
+        scores: list[list[Scores]] = [[] for _ in texts]
+        if asked:
+            found = self._scores([images[n] for n in asked], [texts[n] for n in asked])
+            for number, each in zip(asked, found, strict=True):
+                scores[number] = each
+        return scores
+
+    def _scores(
+        self, images: Sequence[PreparedImage], texts: Sequence[Sequence[str]]
+    ) -> list[list[Scores]]:
         matches: list[list[Match]] = [[(None, None)] * len(each) for each in texts]
         cosines: list[list[float | None]] = [[None] * len(each) for each in texts]
         if self._filter is not None:
