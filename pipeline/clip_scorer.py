@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
+from pipeline.model_configs import ModelConfig
 from pipeline.models import (
     ImagePreprocessor,
-    ModelConfig,
     ModelError,
     any_tokenizer,
     resolve_model,
