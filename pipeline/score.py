@@ -14,7 +14,7 @@ and on nothing else: not on batch size, threads, the order of shards, or crashes
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,23 +25,22 @@ from pipeline.ledger import LedgerWriter
 from pipeline.record import ShardRecord
 from pipeline.runfile import ABSENT, flatten
 from pipeline.sample import ShardError, canonical_json
-from pipeline.score_batches import BatchSize, run_within_memory
+from pipeline.score_batches import BatchSize, batches, num_leading
 from pipeline.score_config import ScoreConfig
 from pipeline.score_images import AheadLimits, DecodeAhead, ScoringStoppedError
 from pipeline.score_input import read_raw_shard
 from pipeline.score_outcome import ScoreOutcome
 from pipeline.score_rows import CAPTIONS_SCHEMA
-from pipeline.score_step import ModelStep, ReadyImage
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these load torch, which takes seconds; who only lists shards has no use for it
     from pipeline.captioner import Captioner
+    from pipeline.score_step import ReadyImage
     from pipeline.scorer import Scorer
 
 __all__ = ["OtherContentError", "ScoringStoppedError", "ShardScore", "ShardScorer", "Watch"]
 
 STAGE, UPSTREAM_STAGE = "captions", "raw"
 _ROWS_PER_GROUP = 10_000  # of the sidecar; what is held of it in memory
-_MAX_LOST_IN_BATCH = 1000  # images that no model sees; they wait for those that one does
 _FINGERPRINT_DIGITS = 16
 _Rows = list[dict[str, Any]]
 
@@ -108,6 +107,8 @@ class ShardScorer:
 
         `seed` is the one that the captioner was given.
         """
+        from pipeline.score_step import ModelStep
+
         self._corpus = corpus
         self._config = config
         self._step = ModelStep(captioner, scorer, config, seed=seed)
@@ -193,25 +194,22 @@ class ShardScorer:
         )
         ahead = DecodeAhead(self._step.prepare, limits, outcome.times, self._watch.should_stop)
         with closing(ahead.work(read_raw_shard(self._corpus, raw))) as images:
-            for group in _batches(images, batch):
+            for group in batches(images, batch):
                 yield from self._rows_of(group, raw.name, outcome)
                 outcome.batch_size = batch.size
                 outcome.num_out_of_memory = batch.num_halved - halved_before
 
     def _rows_of(
-        self, images: Sequence[ReadyImage], shard: str, outcome: ScoreOutcome
+        self, images: Sequence["ReadyImage"], shard: str, outcome: ScoreOutcome
     ) -> Iterator[_Rows]:
         """Yield the rows of a batch, in as many parts as memory asks for."""
         batch = self._batch_size()
         left = images
         while left:
-            size = _num_leading(left, batch.size)
-            part, rows = left[:size], list[_Rows]()
-
-            def run(part: Sequence[ReadyImage] = part, rows: list[_Rows] = rows) -> None:
-                rows.extend(self._step.rows(part, shard=shard, times=outcome.times))
-
-            if run_within_memory(run):
+            size = num_leading(left, batch.size)
+            part = left[:size]
+            rows = self._step.rows(part, shard=shard, times=outcome.times)
+            if rows is not None:
                 yield from rows
                 left = left[size:]
             else:
@@ -222,27 +220,3 @@ class ShardScorer:
             size = self._config.batch_size
             self._batch = BatchSize(self._step.batch_size() if size == "auto" else size)
         return self._batch
-
-
-def _batches(images: Iterable[ReadyImage], batch: BatchSize) -> Iterator[list[ReadyImage]]:
-    """Yield runs of images of which as many as a batch holds are for the models."""
-    group: list[ReadyImage] = []
-    num_seen = 0
-    for image in images:
-        group.append(image)
-        num_seen += image.lost is None
-        if num_seen >= batch.size or len(group) - num_seen >= _MAX_LOST_IN_BATCH:
-            yield group
-            group, num_seen = [], 0
-    if group:
-        yield group
-
-
-def _num_leading(images: Sequence[ReadyImage], max_seen: int) -> int:
-    """Return how many images to take so that the models see at most `max_seen` of them."""
-    num_seen = 0
-    for number, image in enumerate(images):
-        num_seen += image.lost is None
-        if num_seen > max_seen:
-            return number
-    return len(images)

@@ -6,6 +6,7 @@ B images, S the models' image sizes.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from pipeline.image_decode import Pixels
 from pipeline.sample import Origin, SampleError, ShardError
-from pipeline.score_batches import find_gpu_batch_size
 from pipeline.score_config import ScoreConfig
 from pipeline.score_images import decode_image
 from pipeline.score_input import RawImage, RawRow
+from pipeline.score_memory import find_gpu_batch_size, within_memory
 from pipeline.score_outcome import ScoreTimes
 from pipeline.score_rows import (
     SCORES,
@@ -109,12 +110,16 @@ class ModelStep:
 
     def rows(
         self, images: Sequence[ReadyImage], *, shard: str, times: ScoreTimes
-    ) -> list[list[dict[str, Any]]]:
-        """Return the sidecar's rows of each image.
+    ) -> list[list[dict[str, Any]]] | None:
+        """Return the sidecar's rows of each image; None where memory does not suffice for so many.
 
-        Raises ShardError for a score that is not a finite number, and torch.OutOfMemoryError, after
-        which fewer images may do.
+        Raises ShardError for a score that is not a finite number.
         """
+        return within_memory(partial(self._rows, images, shard, times))
+
+    def _rows(
+        self, images: Sequence[ReadyImage], shard: str, times: ScoreTimes
+    ) -> list[list[dict[str, Any]]]:
         seen = [image for image in images if image.lost is None]
         started_at = time.perf_counter()
         seen = self._captioned(seen)
@@ -142,7 +147,7 @@ class ModelStep:
         # More gains nothing there: few images fill the cores.
         return min(_CPU_BATCH if self._captioner is None else self._captioner.images_at_once, most)
 
-    def _probe(self, num_images: int) -> None:
+    def _probe(self, num_images: int) -> object:
         """Caption and score black images with long texts, to see what it takes."""
         pixels = np.zeros((_PROBE_SIDE, _PROBE_SIDE, 3), dtype=np.uint8)
         candidate = Candidate(text=_PROBE_TEXT, origin=Origin.WEB, index=0)
@@ -151,7 +156,7 @@ class ModelStep:
             row = RawRow(f"probe{number}", "probe", None, Origin.WEB)
             ready = self._ready(row, pixels, is_captioned=True)
             images.append(replace(ready, candidates=(candidate,)))
-        self.rows(images, shard="probe", times=ScoreTimes())
+        return self._rows(images, "probe", ScoreTimes())
 
     def _ready(self, row: RawRow, pixels: Pixels, *, is_captioned: bool) -> ReadyImage:
         captioner, scorer = self._captioner, self._scorer

@@ -10,10 +10,11 @@ import torch
 
 from pipeline.image_header import ImageReason
 from pipeline.sample import SampleError, ShardError
-from pipeline.score_batches import BatchSize, fitting, largest_that_runs, run_within_memory
+from pipeline.score_batches import BatchSize
 from pipeline.score_config import ScoreConfig
 from pipeline.score_images import AheadLimits, DecodeAhead, ScoringStoppedError, decode_image
 from pipeline.score_input import RawImage, RawRow
+from pipeline.score_memory import fitting, largest_that_runs, within_memory
 from pipeline.score_outcome import ScoreOutcome, ScoreTimes
 
 NUM_DECODERS, MAX_READY = 3, 5
@@ -181,6 +182,7 @@ def test_a_size_is_tried_before_it_is_taken(room, expected):
         tried.append(num_images)
         if num_images > room:
             raise torch.OutOfMemoryError
+        return num_images
 
     assert largest_that_runs(run, 90) == expected
     assert all(size in (64, 32, 16, 8, 4, 2) for size in tried)
@@ -193,10 +195,10 @@ def test_only_a_lack_of_memory_is_survived():
     def broken():
         raise ValueError("a bug")
 
-    assert run_within_memory(list)
-    assert not run_within_memory(out_of_memory)
+    assert within_memory(lambda: 5) == 5
+    assert within_memory(out_of_memory) is None
     with pytest.raises(ValueError, match="a bug"):
-        run_within_memory(broken)
+        within_memory(broken)
 
 
 def test_a_batch_of_one_is_not_halved():
