@@ -27,7 +27,7 @@ from pipeline.ledger import LedgerWriter
 from pipeline.record import ShardRecord
 from pipeline.runfile import ABSENT, flatten
 from pipeline.sample import Origin, ShardError, Verdict, canonical_json
-from pipeline.selection.candidates import Block, read_blocks
+from pipeline.selection.candidates import ROWS_PER_BLOCK, Block, read_blocks
 from pipeline.selection.checked import HashedStream, open_checked
 from pipeline.selection.checks import Check
 from pipeline.selection.clean import (
@@ -84,15 +84,22 @@ class Selector:
     """Selects shards one at a time on one core; run one per core."""
 
     def __init__(
-        self, corpus: Corpus, config: SelectConfig, *, replaces_other_policy: bool = False
+        self,
+        corpus: Corpus,
+        config: SelectConfig,
+        *,
+        replaces_other_policy: bool = False,
+        rows_per_block: int = ROWS_PER_BLOCK,
     ) -> None:
         """`replaces_other_policy` says that clean shards of another policy may be made anew.
 
+        So many rows are in memory at a time, and in a row group of the clean ledger.
         Raises ExpressionError for an expression that is no condition.
         """
         self._corpus = corpus
         self._config = config
         self._replaces_other_policy = replaces_other_policy
+        self._rows_per_block = rows_per_block
         self._condition = None if config.expression is None else SqlCondition(config.expression)
 
     @property
@@ -194,8 +201,8 @@ class Selector:
             stream = files.enter_context(open(writer.path("tar"), "wb", buffering=_BUFFER))
             tar = files.enter_context(TarWriter(stream))
             ledger = files.enter_context(LedgerWriter(writer.path("parquet"), CLEAN_SCHEMA))
-            for block in read_blocks(raw_ledger, sidecar, scored):
-                judged = self._judge(block)
+            for block in read_blocks(raw_ledger, sidecar, scored, self._rows_per_block):
+                judged = self._judge(block, scored.name)
                 spans = write_images(judged, images, tar, provenance)
                 ledger.write_table(ledger_table(judged, spans, self._config.policy.value))
                 outcome.add_captions(*count_captions(judged))
@@ -211,13 +218,16 @@ class Selector:
         stats = {"content": self.content, "captions": outcome.stats()}
         return writer.commit(rows_in=ledger.num_rows, counts=counts, stats=stats)
 
-    def _judge(self, block: Block) -> Judged:
+    def _judge(self, block: Block, shard: str) -> Judged:
         config = self._config
         captions, masked = mask(block.captions, config.rules.pii)
         block = Block(block.rows, captions)
         codes = np.where(captions.is_refused, Check.SCORED, Check.PASSED).astype(np.int8)
         apply_rules(block, config.rules, codes)
-        ranks = apply_policy(block, config, self._condition, codes)
+        try:
+            ranks = apply_policy(block, config, self._condition, codes)
+        except ShardError as error:
+            raise ShardError(f"shard {shard}, {error}") from error
         chosen = put_in_order(captions, codes, ranks, block.rows.num_rows)
         return Judged(block, masked, codes, chosen)
 

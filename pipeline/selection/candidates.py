@@ -80,7 +80,7 @@ class Block:
 
 
 def read_blocks(
-    raw: BinaryIO, sidecar: BinaryIO, captions: ShardRecord, num_rows: int = ROWS_PER_BLOCK
+    raw: BinaryIO, sidecar: BinaryIO, captions: ShardRecord, num_rows: int
 ) -> Iterator[Block]:
     """Yield all rows of the raw ledger in order, in memory for one block at a time.
 

@@ -170,7 +170,8 @@ class SqlCondition:
     def _repeatable_functions(self) -> set[str]:
         """Return the scalar functions that know neither chance, clock nor settings."""
         rows = self._connection.execute(
-            "SELECT function_name FROM duckdb_functions() GROUP BY function_name "
+            "SELECT function_name FROM duckdb_functions() "
+            "WHERE function_type IN ('scalar', 'aggregate', 'macro') GROUP BY function_name "
             "HAVING bool_and(function_type = 'scalar' AND stability = 'CONSISTENT')"
         ).fetchall()
         return {name.lower() for (name,) in rows}

@@ -5,6 +5,9 @@ Imported by tests, by the processes they kill and by the benchmark, so it stays 
 
 import hashlib
 import json
+import tarfile
+
+import pyarrow.parquet as pq
 
 from pipeline.download_row import RAW_SCHEMA
 from pipeline.ledger import LedgerWriter
@@ -122,3 +125,28 @@ def commit_captions(corpus, raw, images, *, replace=None, stats=None):
                 for each in captions:
                     ledger.write(each | {name: row[name] for name in ("key", "source", "url")})
         return writer.commit(rows_in=ledger.num_rows, counts=ledger.counts, stats=stats)
+
+
+# What was selected
+
+
+def ledger_of(corpus, record):
+    with corpus.open(record, "parquet") as stream:
+        return pq.read_table(stream).to_pylist()
+
+
+def samples_of(corpus, record):
+    found = {}
+    with corpus.open(record, "tar") as stream, tarfile.open(fileobj=stream) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            found.setdefault(key, {})[extension] = tar.extractfile(member).read()
+    return found
+
+
+def kept_of(row):
+    return [each["text"] for each in row["captions"] if each["verdict"] == "kept"]
+
+
+def reasons_of(row):
+    return {each["text"]: each["reason"] for each in row["captions"] if each["reason"]}
