@@ -6,6 +6,7 @@ died, with its head or without, starts the next attempt, which continues from wh
 
 import asyncio
 import hashlib
+import shlex
 import shutil
 import tempfile
 import time
@@ -36,7 +37,7 @@ RECIPE_FILE = "recipe.yaml"
 DRAIN_SECONDS = 600
 """How long a run that is stopped may take to finish what it holds before it is killed."""
 # The shipped packages stand before installed ones, because Python looks into its folder first.
-ENTRYPOINT = f"python -c 'from jobs.cli import main; main()' run {RECIPE_FILE}"
+_CAPFILT = ("python", "-c", "from jobs.cli import main; main()")
 _PACKAGES = (model, pipeline, jobs)
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 _POLL_SECONDS = 0.5
@@ -51,8 +52,10 @@ class Submitted:
     note: str = ""
 
 
-def submit_run(server: JobServer, recipe: Recipe) -> Submitted:
+def submit_run(server: JobServer, recipe: Recipe, again: str) -> Submitted:
     """Start the next attempt of a run, or return the one that is running.
+
+    `again` is what was typed, for the run to say how it is continued.
 
     Raises UserError when the run's name or its corpus is in use by another recipe, or when the
     recipe names files that only this machine can see.
@@ -72,7 +75,8 @@ def submit_run(server: JobServer, recipe: Recipe) -> Submitted:
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(DRAIN_SECONDS)},
         }
         try:
-            server.submit(id_, ENTRYPOINT, environment, **_metadata(recipe))
+            entrypoint = shlex.join([*_CAPFILT, "run-submitted", RECIPE_FILE, "--again", again])
+            server.submit(id_, entrypoint, environment, **_metadata(recipe))
         except AlreadySubmittedError:
             attempt = server.attempt(id_)
             return Submitted(attempt, False, _compare(attempt, recipe))

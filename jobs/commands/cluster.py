@@ -1,5 +1,6 @@
 """Runs on a cluster: handed over, watched, stopped, and reckoned beforehand."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,6 +9,7 @@ from jobs.commands.options import CLUSTER, DONE, AsJson, Overrides, RecipeFile, 
 
 if TYPE_CHECKING:  # a command imports what it needs, so that --help and schema are instant
     from jobs.job_server import Attempt, JobServer
+    from jobs.summary import RunSummary
 
 INTERRUPTED = 130
 commands = typer.Typer()
@@ -39,9 +41,10 @@ def submit(
     from jobs.recipe import load_recipe
     from jobs.submit import submit_run
 
+    again = as_typed("submit", recipe, sets, *([] if address == _HERE else ["--address", address]))
     loaded = load_recipe(recipe, sets or ())
     server = JobServer(address)
-    done = submit_run(server, loaded)
+    done = submit_run(server, loaded, again)
     attempt = done.attempt
     if done.is_new:
         typer.echo(f"run {attempt.run}: attempt {attempt.number} submitted to {server.address}")
@@ -51,7 +54,25 @@ def submit(
         typer.echo(done.note)
     typer.echo(f"how far it is, with or without a head: capfilt status {attempt.root}")
     if wait:
-        _follow(server, attempt, as_typed("submit", recipe, sets))
+        _follow(server, attempt, again)
+
+
+@commands.command("run-submitted", hidden=True)
+def run_submitted(
+    recipe: RecipeFile, again: Annotated[str, typer.Option(help="What was typed to submit it.")]
+) -> None:
+    """Be the driver of a submitted run, on the head; what continues it is to submit it again."""
+    from jobs.commands.data import finish
+    from jobs.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+
+    def work(should_stop: Callable[[], bool]) -> "RunSummary":
+        from jobs import run as jobs_run
+
+        return jobs_run.run(loaded, should_stop, command=again)
+
+    finish(work, again, as_json=False)
 
 
 @commands.command(rich_help_panel=CLUSTER, epilog="Example: capfilt status s3://bucket/cc3m")

@@ -56,7 +56,7 @@ def run(
         return jobs_run.run(loaded, should_stop, address=address, command=again)
 
     again = as_typed("run", recipe, sets, *_place(address))
-    _finish(work, again, as_json)
+    finish(work, again, as_json)
 
 
 @commands.command(
@@ -104,7 +104,7 @@ def retry(
         )
 
     again = as_typed("retry", recipe, sets, f"--only={only}", *_place(address))
-    _finish(work, again, as_json)
+    finish(work, again, as_json)
 
 
 @commands.command(rich_help_panel=BUILD, epilog="Example: capfilt score cc3m.yaml")
@@ -136,7 +136,7 @@ def _one_stage(
         return jobs_run.run_stage(loaded, stage, should_stop, address=address, command=again)
 
     again = as_typed(stage, recipe, sets, *_place(address))
-    _finish(work, again, as_json)
+    finish(work, again, as_json)
 
 
 def _load(recipe: str, sets: list[str] | None) -> "Recipe":
@@ -155,7 +155,7 @@ def _place(address: str | None) -> tuple[str, ...]:
     return () if address is None else (f"--address={address}",)
 
 
-def _finish(work: Callable[[Callable[[], bool]], "RunSummary"], again: str, as_json: bool) -> None:
+def finish(work: Callable[[Callable[[], bool]], "RunSummary"], again: str, as_json: bool) -> None:
     """Do the work until done or told to stop, and say what it came to."""
     from jobs.stop import stop_on_signals
 

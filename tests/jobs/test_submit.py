@@ -10,6 +10,8 @@ from jobs.job_server import JobServer
 from jobs.recipe import Recipe, load_recipe
 from jobs.submit import RECIPE_FILE, shipped, submit_run
 
+AGAIN = "capfilt submit pets.yaml"
+
 
 def recipe(**changes):
     values = {
@@ -78,7 +80,7 @@ def test_the_recipe_that_is_shipped_is_the_resolved_one(tmp_path):
 )
 def test_files_that_only_this_machine_can_see_are_refused(changes, key):
     with pytest.raises(UserError, match=f"(?s)^{key} = .*--set {key}="):
-        submit_run(NoServer(), recipe(**changes))
+        submit_run(NoServer(), recipe(**changes), AGAIN)
 
 
 def test_no_head_is_a_line_that_says_what_to_do(monkeypatch):

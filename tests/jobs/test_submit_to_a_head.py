@@ -1,6 +1,7 @@
 """Submitting to a real Ray head: attach, refuse, stop, continue, and outlive the head."""
 
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -33,6 +34,7 @@ from pipeline.verify import verify
 
 BIN = Path(sys.executable).parent
 NUM_IMAGES, PER_SHARD = 24, 4
+AGAIN = "capfilt submit pets.yaml"
 
 
 class Head:
@@ -183,22 +185,22 @@ def web():
     served.server.server_close()
 
 
-@pytest.fixture
-def recipe_path(web, tmp_path):
+def write_recipe(folder, port):
     urls = "".join(
-        f"http://127.0.0.1:{web.port}/{index}.jpg,a picture\n" for index in range(NUM_IMAGES)
+        f"http://127.0.0.1:{port}/{index}.jpg,a picture\n" for index in range(NUM_IMAGES)
     )
-    (tmp_path / "list.csv").write_text("url,caption\n" + urls)
+    (folder / "list.csv").write_text("url,caption\n" + urls)
     recipe = {
-        "name": tmp_path.name.replace("_", "-")[:40],
-        "root": str(tmp_path / "corpus"),
-        "sources": [{"name": "web", "format": "table", "paths": [str(tmp_path / "list.csv")]}],
+        "name": folder.name.replace("_", "-")[:40],
+        "root": str(folder / "corpus"),
+        "sources": [{"name": "web", "format": "table", "paths": [str(folder / "list.csv")]}],
         "fetch": {
             "allowed_networks": ["127.0.0.1/32"],
-            "allowed_ports": [web.port],
+            "allowed_ports": [port],
             "timeout_seconds": 60,
             "total_seconds": 120,
         },
+        "run": {"heartbeat_seconds": 0.5},
         "download": {
             "rows_per_shard": PER_SHARD,
             "num_threads": 1,
@@ -206,10 +208,23 @@ def recipe_path(web, tmp_path):
             "min_side_px": 16,
         },
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    web.allow(NUM_IMAGES)
     return str(path)
+
+
+@pytest.fixture
+def recipe_path(web, tmp_path):
+    web.allow(NUM_IMAGES)
+    return write_recipe(tmp_path, web.port)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(web, tmp_path_factory):
+    """Return the hashes of a corpus that one process made here, undisturbed."""
+    recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("undisturbed"), web.port))
+    download(recipe, lambda: False)
+    return digests(recipe.root)
 
 
 def capfilt(*arguments):
@@ -228,14 +243,14 @@ def digests(root):
     }
 
 
+def status(root):
+    done = capfilt("status", root, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def num_shards(root):
     return len(Corpus(root).shards("raw"))
-
-
-def undisturbed(recipe_path, web, root):
-    web.allow(NUM_IMAGES)
-    download(load_recipe(recipe_path, [f"root={root}"]), lambda: False)
-    return digests(root)
 
 
 def test_whoever_has_no_token_is_refused(head, monkeypatch, tmp_path):
@@ -261,43 +276,45 @@ def test_the_dashboard_listens_on_loopback_alone(head):
     assert addresses == {"127.0.0.1"}
 
 
-def test_submitting_runs_the_recipe_and_its_code_to_the_end(head, web, recipe_path, tmp_path):
+def test_submitting_runs_the_recipe_and_its_code_to_the_end(head, recipe_path, undisturbed):
     done = capfilt("submit", recipe_path, "--address", head.address)
     assert done.returncode == 0, done.stderr
     assert "attempt 1 submitted" in done.stdout
     assert f"{NUM_IMAGES // PER_SHARD} shards done" in done.stdout  # the log came along
     listed = capfilt("list", "--address", head.address).stdout
     assert f"{load_recipe(recipe_path).name}  1        SUCCEEDED" in listed
-    assert digests(tmp_path / "corpus") == undisturbed(recipe_path, web, tmp_path / "alone")
+    assert digests(load_recipe(recipe_path).root) == undisturbed
 
 
 def test_submitting_what_runs_attaches_whoever_does_it(head, web, recipe_path):
     web.allow(PER_SHARD)
     recipe, server = load_recipe(recipe_path), JobServer(head.address)
     with ThreadPoolExecutor(3) as pool:
-        raced = list(pool.map(lambda _: submit_run(JobServer(head.address), recipe), range(3)))
+        raced = list(
+            pool.map(lambda _: submit_run(JobServer(head.address), recipe, AGAIN), range(3))
+        )
     assert sorted(each.is_new for each in raced) == [False, False, True]
     assert len({each.attempt.id for each in raced}) == 1
     web.wait_until_served(PER_SHARD)
-    again = submit_run(server, recipe)
+    again = submit_run(server, recipe, AGAIN)
     assert not again.is_new
     assert again.note == ""
     slower = load_recipe(recipe_path, ["download.num_threads=2"])
-    assert "pace" in submit_run(server, slower).note
+    assert "pace" in submit_run(server, slower, AGAIN).note
     other = load_recipe(recipe_path, ["seed=1"])
     with pytest.raises(UserError, match="with another recipe"):
-        submit_run(server, other)
+        submit_run(server, other, AGAIN)
     namesake = load_recipe(recipe_path, ["name=another-name"])
     with pytest.raises(UserError, match=f"is being written by run '{recipe.name}'"):
-        submit_run(server, namesake)
+        submit_run(server, namesake, AGAIN)
     web.allow(NUM_IMAGES)
     assert follow_run(server, again.attempt) == 0
 
 
-def test_a_stopped_run_drains_and_is_continued_by_submitting(head, web, recipe_path, tmp_path):
+def test_a_stopped_run_drains_and_is_continued_by_submitting(head, web, recipe_path, undisturbed):
     web.allow(2 * PER_SHARD + 1)
     recipe, server = load_recipe(recipe_path), JobServer(head.address)
-    submit_run(server, recipe)
+    submit_run(server, recipe, AGAIN)
     web.wait_until_served(2 * PER_SHARD + 1)
     stopper = threading.Timer(1, lambda: web.allow(NUM_IMAGES))  # the row in hand comes through
     stopper.start()
@@ -309,30 +326,36 @@ def test_a_stopped_run_drains_and_is_continued_by_submitting(head, web, recipe_p
     with pytest.raises(UserError, match="does not run: attempt 1 STOPPED"):
         stop_run(server, recipe.name)
     web.allow(NUM_IMAGES)
-    resumed = submit_run(server, recipe)
+    resumed = submit_run(server, recipe, AGAIN)
     assert (resumed.is_new, resumed.attempt.number) == (True, 2)
     assert follow_run(server, resumed.attempt) == 0
     assert last_attempt(server, recipe.name).id == resumed.attempt.id
     assert list_text(server).count(recipe.name) >= 2
-    assert digests(recipe.root) == undisturbed(recipe_path, web, tmp_path / "alone")
+    assert digests(recipe.root) == undisturbed
 
 
-def test_a_run_outlives_its_head(head, web, recipe_path, tmp_path):
+def test_a_run_outlives_its_head(head, web, recipe_path, undisturbed):
     web.allow(2 * PER_SHARD + 1)
     recipe = load_recipe(recipe_path)
     submitted = capfilt("submit", recipe_path, "--no-wait", "--address", head.address)
     assert submitted.returncode == 0, submitted.stderr
     web.wait_until_served(2 * PER_SHARD + 1)
+    wait_until(lambda: status(recipe.root)["run"]["stages"], 30, "a heartbeat")
+    assert status(recipe.root)["state"] == "running"
     head.kill()
     gone = capfilt("logs", recipe.name, "--address", head.address)
     assert gone.returncode == 2
     assert "no Ray head answers" in gone.stderr
-    assert num_shards(recipe.root) == 2
+    left = status(recipe.root)
+    assert (left["state"], left["shards"]["raw"]["made"]) == ("died", num_shards(recipe.root))
+    assert left["run"]["command"] == f"capfilt submit {recipe_path} --address {head.address}"
+    assert left["run"]["engine"] == "ray"
     head.start()
     with pytest.raises(UserError, match="on this head.*capfilt status"):
         last_attempt(JobServer(head.address), recipe.name)
     web.allow(NUM_IMAGES)
     resumed = capfilt("submit", recipe_path, "--address", head.address)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert digests(recipe.root) == undisturbed(recipe_path, web, tmp_path / "alone")
+    assert digests(recipe.root) == undisturbed
     assert list(verify(Corpus(recipe.root))) == []
+    assert status(recipe.root)["state"] == "done"
