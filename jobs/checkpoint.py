@@ -205,7 +205,9 @@ class Checkpoints:
     def _tensors(self, manifest: Manifest, part: str) -> dict[str, Tensor]:
         path = self._file_path(manifest, manifest.files[part])
         if self._store.is_local:
-            return read_weights(Path(self._store.full(path)))
+            # Copies, for what is read is mapped: it would keep the file, and lie at any address.
+            found = read_weights(Path(self._store.full(path)))
+            return {name: tensor.clone() for name, tensor in found.items()}
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / manifest.files[part].name
             with self._store.open(path) as source, copy.open("wb") as target:
