@@ -14,9 +14,10 @@ class ScoreConfig(BaseModel):
 
     batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Images captioned and scored at a time; halved whenever memory runs out. `auto` is what fits
-    the GPU, measured once per process; on a CPU, where more gains nothing, it is small."""
-    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 256
-    """The most that `auto` chooses."""
+    the GPU, tried once per process; on a CPU, where more gains nothing, it is small."""
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 128
+    """The most that `auto` chooses, a power of two. Twice as many images wait in memory, at up to
+    5 MB each."""
     num_decoders: Annotated[int, Field(ge=1, le=256)] = 2
     """Threads that decode ahead of the models, each with one image at a time."""
     max_pixels: Annotated[int, Field(ge=1, le=2**28)] = 50_000_000

@@ -3,6 +3,7 @@
 B images, S the models' image sizes.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pipeline.sample import Origin, SampleError, ShardError
 from pipeline.score_config import ScoreConfig
 from pipeline.score_images import decode_image
 from pipeline.score_input import RawImage, RawRow
-from pipeline.score_memory import find_gpu_batch_size, within_memory
+from pipeline.score_memory import largest_that_runs, within_memory
 from pipeline.score_outcome import ScoreTimes
 from pipeline.score_rows import (
     SCORES,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.captioner import Captioner, GeneratedCaption
     from pipeline.scorer import PreparedImage, Scorer
 
+_log = logging.getLogger(__name__)
 _CPU_BATCH = 8
 _PROBE_SIDE = 64  # pixels; the models resize it like any other
 _PROBE_TEXT = "a word " * 64  # longer than any model reads
@@ -101,7 +103,9 @@ class ModelStep:
             )
             pixels = decode_image(sample.image, self._config)
         except SampleError as error:
-            return ReadyImage(row=image.row, lost=error)
+            _log.debug("sample %s: %s", image.row.key, error)
+            # A new one, for the traceback of this one holds the file.
+            return ReadyImage(row=image.row, lost=SampleError(error.reason, error.message))
         is_human = image.row.origin is Origin.HUMAN or any(
             candidate.origin is Origin.HUMAN for candidate in candidates
         )
@@ -143,7 +147,7 @@ class ModelStep:
         device = models[0].device if models else torch.device("cpu")
         most = self._config.max_batch_size
         if device.type == "cuda":
-            return find_gpu_batch_size(self._probe, device, most)
+            return largest_that_runs(self._probe, most)
         # More gains nothing there: few images fill the cores.
         return min(_CPU_BATCH if self._captioner is None else self._captioner.images_at_once, most)
 

@@ -14,7 +14,7 @@ from pipeline.score_batches import BatchSize
 from pipeline.score_config import ScoreConfig
 from pipeline.score_images import AheadLimits, DecodeAhead, ScoringStoppedError, decode_image
 from pipeline.score_input import RawImage, RawRow
-from pipeline.score_memory import fitting, largest_that_runs, within_memory
+from pipeline.score_memory import largest_that_runs, within_memory
 from pipeline.score_outcome import ScoreOutcome, ScoreTimes
 
 NUM_DECODERS, MAX_READY = 3, 5
@@ -163,15 +163,6 @@ def test_all_of_an_images_pixels_are_decoded():
 
 
 # --- batches -------------------------------------------------------------------------------------
-
-
-def test_the_batch_that_fits_is_on_the_line_through_two_peaks():
-    def peak(num_images):
-        return 1000 + 30 * num_images
-
-    assert fitting((2, 8), [peak(2), peak(8)], free=peak(50)) == 50
-    assert fitting((2, 8), [peak(2), peak(8)], free=10) == 1
-    assert fitting((2, 8), [500, 500], free=10_000) > 1000  # nothing grew: nothing to fear
 
 
 @pytest.mark.parametrize(("room", "expected"), [(100, 64), (33, 32), (3, 2), (0, 1)])
