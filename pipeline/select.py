@@ -185,12 +185,13 @@ class Selector:
         scored: ShardRecord,
         outcome: SelectionOutcome,
     ) -> ShardRecord:
-        provenance = {
+        provenance: dict[str, Any] = {
             "policy": self._config.policy.value,
             "select": self.fingerprint,
             "captions": scored.fingerprint,
-            **scored.stats.get("models", {}),
         }
+        if "models" in scored.stats:  # their names and revisions, beside the weights' fingerprints
+            provenance["models"] = scored.stats["models"]
         with ExitStack() as files:
             raw_ledger, sidecar = (
                 files.enter_context(open_checked(self._corpus, record, "parquet", writer.folder))

@@ -282,6 +282,14 @@ def test_a_sample_says_where_it_is_from_and_who_made_its_captions(corpus):
     assert Sample.from_members("000000000", members).captions[0].text == "w"
 
 
+def test_a_sample_names_the_models_that_its_sidecar_names(corpus):
+    models = {"captioner": {"name": "owner/captioner", "revision": "main"}}
+    raw, scored = commit(corpus, IMAGES, stats={"models": models})
+    done = Selector(corpus, SelectConfig()).select(raw, scored)
+    for members in samples_of(corpus, done.record).values():
+        assert json.loads(members["json"])["provenance"]["models"] == models
+
+
 def test_webdataset_reads_what_was_written(corpus):
     done = select(corpus, IMAGES)
     path = corpus.local_path(done.record, "tar")
