@@ -276,19 +276,9 @@ def test_the_dashboard_listens_on_loopback_alone(head):
     assert addresses == {"127.0.0.1"}
 
 
-def test_submitting_runs_the_recipe_and_its_code_to_the_end(head, recipe_path, undisturbed):
-    done = capfilt("submit", recipe_path, "--address", head.address)
-    assert done.returncode == 0, done.stderr
-    assert "attempt 1 submitted" in done.stdout
-    assert f"{NUM_IMAGES // PER_SHARD} shards done" in done.stdout  # the log came along
-    listed = capfilt("list", "--address", head.address).stdout
-    assert f"{load_recipe(recipe_path).name}  1        SUCCEEDED" in listed
-    assert digests(load_recipe(recipe_path).root) == undisturbed
-
-
-def test_submitting_what_runs_attaches_whoever_does_it(head, web, recipe_path):
+def test_submitting_what_runs_attaches_whoever_does_it(head, web, recipe_path, undisturbed):
     web.allow(PER_SHARD)
-    recipe, server = load_recipe(recipe_path), JobServer(head.address)
+    recipe = load_recipe(recipe_path)
     with ThreadPoolExecutor(3) as pool:
         raced = list(
             pool.map(lambda _: submit_run(JobServer(head.address), recipe, AGAIN), range(3))
@@ -296,9 +286,23 @@ def test_submitting_what_runs_attaches_whoever_does_it(head, web, recipe_path):
     assert sorted(each.is_new for each in raced) == [False, False, True]
     assert len({each.attempt.id for each in raced}) == 1
     web.wait_until_served(PER_SHARD)
-    again = submit_run(server, recipe, AGAIN)
-    assert not again.is_new
-    assert again.note == ""
+    command = [str(BIN / "capfilt"), "submit", recipe_path, "--address", head.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as attached:
+        assert attached.stdout.readline().endswith("attempt 1 is RUNNING; attached\n")
+        web.allow(NUM_IMAGES)
+        log = attached.stdout.read()
+    assert attached.returncode == 0, log
+    assert f"{NUM_IMAGES // PER_SHARD} shards done" in log
+    listed = capfilt("list", "--address", head.address).stdout
+    assert f"{recipe.name}  1        SUCCEEDED" in listed
+    assert digests(recipe.root) == undisturbed
+
+
+def test_a_name_or_a_root_in_use_is_not_given_to_another_recipe(head, web, recipe_path):
+    web.allow(1)
+    recipe, server = load_recipe(recipe_path), JobServer(head.address)
+    first = submit_run(server, recipe, AGAIN)
+    assert (first.is_new, first.note) == (True, "")
     slower = load_recipe(recipe_path, ["download.num_threads=2"])
     assert "pace" in submit_run(server, slower, AGAIN).note
     other = load_recipe(recipe_path, ["seed=1"])
@@ -307,8 +311,8 @@ def test_submitting_what_runs_attaches_whoever_does_it(head, web, recipe_path):
     namesake = load_recipe(recipe_path, ["name=another-name"])
     with pytest.raises(UserError, match=f"is being written by run '{recipe.name}'"):
         submit_run(server, namesake, AGAIN)
+    server.stop(first.attempt.id)
     web.allow(NUM_IMAGES)
-    assert follow_run(server, again.attempt) == 0
 
 
 def test_a_stopped_run_drains_and_is_continued_by_submitting(head, web, recipe_path, undisturbed):
