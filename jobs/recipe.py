@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from jobs.errors import RecipeError
+from jobs.evaluation.config import AblationConfig, EvaluationConfig
 from jobs.run_config import RunConfig
 from jobs.training.config import TrainingConfig
 from jobs.yaml_lines import LocatedYaml, parse_yaml
@@ -62,6 +63,13 @@ class Recipe(BaseModel):
     )
     training: TrainingConfig | None = Field(
         default=None, description="How models are trained on the corpus."
+    )
+    evaluation: EvaluationConfig | None = Field(
+        default=None, description="On which source, kept from training, models are measured."
+    )
+    ablation: AblationConfig = Field(
+        default_factory=AblationConfig,
+        description="The proof that cleaning helps: one small model, trained on several arms.",
     )
     run: RunConfig = Field(
         default_factory=RunConfig, description="Workers, resources and patience; pace alone."

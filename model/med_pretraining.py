@@ -36,7 +36,7 @@ class MedObjectives:
     """Constants of the objectives; the defaults are those of BLIP's pretraining."""
 
     joint_width: int = 256
-    queue_size: int = 57600  # K; a multiple of the global batch
+    queue_size: int = 57600  # K; a multiple of the global batch, or 0 for none
     momentum: float = 0.995
     is_momentum_in_training_mode: bool = True  # its dropout is active, as in the reference
     temperature: float = 0.07  # divides similarities; learned

@@ -106,7 +106,7 @@ class FeatureQueue(nn.Module):
 
         Otherwise the ring's oldest columns would be split between two steps.
         """
-        if self.size % num_pairs:
+        if self.size and self.size % num_pairs:
             raise ValueError(
                 f"queue_size {self.size} is not a multiple of the global batch of {num_pairs} "
                 f"pairs (batch size per rank x ranks x accumulated micro-batches); choose "
@@ -118,6 +118,8 @@ class FeatureQueue(nn.Module):
         """Overwrite the oldest columns with (N, E) features and (N,) ids of all ranks' pairs."""
         num_pairs = len(image_ids)
         self.require_divisible(num_pairs)
+        if not self.size:  # a batch is then compared with itself alone
+            return
         offset = torch.arange(num_pairs, device=self.pointer.device)
         columns = (self.pointer + offset) % self.size
         self.image_feats.index_copy_(1, columns, image_feats.t().to(self.image_feats.dtype))

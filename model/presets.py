@@ -265,7 +265,13 @@ DEMO_VIT = VisionConfig(
     stem_widths=(24, 48, 96),
 )
 _DEMO_BERT = BertConfig(
-    vocab_size=130, width=96, num_layers=2, num_heads=4, ffn_width=384, max_positions=64
+    vocab_size=130,
+    width=96,
+    num_layers=2,
+    num_heads=4,
+    ffn_width=384,
+    max_positions=64,
+    dropout=0.0,
 )
 
 
@@ -279,7 +285,8 @@ def _demo_med() -> MedPreset:
             caption_start_id=128,
             match_start_id=129,
         ),
-        objectives=MedObjectives(joint_width=64, queue_size=32, momentum=0.9),
+        # Six hundred steps are too few for a momentum encoder: batches are compared with themselves.
+        objectives=MedObjectives(joint_width=64, queue_size=0, momentum=0.0),
         training=replace(_TINY_TRAINING, global_batch_size=32, peak_rate=2e-3, num_steps=600),
         fine_tuned_image_size=DEMO_VIT.image_size,
     )
@@ -302,6 +309,7 @@ def _demo_blip2() -> Blip2Preset:
         num_heads=4,
         ffn_width=384,
         max_positions=64,
+        dropout=0.0,
         num_queries=8,
         image_width=DEMO_VIT.width,
         cross_attention_every=1,

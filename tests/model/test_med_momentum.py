@@ -168,3 +168,11 @@ def test_a_step_that_was_broken_off_leaves_nothing_in_the_queue():
 def test_a_micro_batch_beyond_the_last_is_refused():
     with pytest.raises(ValueError, match="micro_batch is 2 of 2"):
         MedStep(alpha=0.4, micro_batch=2, num_micro_batches=2)
+
+
+def test_without_a_queue_a_batch_is_compared_with_itself_alone():
+    queue = FeatureQueue(joint_width=8, size=0)
+    queue.require_divisible(7)
+    queue.enqueue(torch.randn(7, 8), torch.randn(7, 8), torch.arange(7))
+    assert queue.image_feats.shape == (8, 0)
+    assert queue.pointer.tolist() == [0]

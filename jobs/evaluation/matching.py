@@ -1,0 +1,69 @@
+"""How well a score tells right captions from wrong ones: ROC-AUC, precision and recall."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_THRESHOLDS = tuple(number / 20 for number in range(1, 20))
+
+
+@dataclass(frozen=True, slots=True)
+class AtThreshold:
+    """What keeping captions from a score up comes to; None where nothing is kept, or is right."""
+
+    threshold: float
+    num_kept: int
+    precision: float | None  # right captions among those kept
+    recall: float | None  # kept ones among the right captions
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """A score against labels."""
+
+    num_right: int
+    num_wrong: int
+    auc: float | None  # None with labels of one kind only
+    thresholds: tuple[AtThreshold, ...]
+
+
+def matching(
+    scores: NDArray[np.floating], is_right: NDArray[np.bool_], at: Sequence[float] = _THRESHOLDS
+) -> Matching:
+    """Compare (n,) scores with (n,) labels. Raises ValueError for a score that is no number."""
+    if not np.isfinite(scores).all():
+        raise ValueError("a score is not finite; leave out captions that were not scored")
+    num_right = int(is_right.sum())
+    return Matching(
+        num_right=num_right,
+        num_wrong=len(is_right) - num_right,
+        auc=area_under_curve(scores, is_right),
+        thresholds=tuple(_at(scores, is_right, each) for each in at),
+    )
+
+
+def area_under_curve(scores: NDArray[np.floating], is_right: NDArray[np.bool_]) -> float | None:
+    """Return how likely a right caption's score is above a wrong one's; ties count half."""
+    num_right = int(is_right.sum())
+    num_wrong = len(is_right) - num_right
+    if not num_right or not num_wrong:
+        return None
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean_rank = last - (counts - 1) / 2  # of equal scores, from 1
+    ranks = mean_rank[inverse][is_right].sum()
+    return float((ranks - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
+
+
+def _at(scores: NDArray[np.floating], is_right: NDArray[np.bool_], threshold: float) -> AtThreshold:
+    is_kept = scores >= threshold
+    num_kept, num_right = int(is_kept.sum()), int(is_right.sum())
+    num_both = int((is_kept & is_right).sum())
+    return AtThreshold(
+        threshold=threshold,
+        num_kept=num_kept,
+        precision=num_both / num_kept if num_kept else None,
+        recall=num_both / num_right if num_right else None,
+    )
