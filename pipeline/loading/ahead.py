@@ -21,19 +21,20 @@ class ShardsAhead:
     def __init__(
         self, index: SampleIndex, cache: ShardCache, order: Order, config: LoaderConfig
     ) -> None:
-        """Raises LoaderError if the cache cannot hold what is read at once."""
+        """Raises LoaderError without a cache, or with one that cannot hold what is read at once."""
         self._index, self._cache, self._order = index, cache, order
         self._batch_size = config.global_batch_size
         self._asked: set[tuple[int, int]] = set()
         self._pool: ThreadPoolExecutor | None = None
-        if not cache.corpus.store.is_local:
-            _check_room(index, config)
-            self._pool = ThreadPoolExecutor(_NUM_COPIERS, thread_name_prefix="copy-shards")
+        self._is_remote = not cache.corpus.store.is_local
+        if self._is_remote:
+            _check_room(index, cache, config)
 
     def fetch(self, step: int) -> None:
         """Begin to copy what this step reads, and the groups that come after it."""
-        if self._pool is None:
+        if not self._is_remote:
             return
+        self._pool = self._pool or ThreadPoolExecutor(_NUM_COPIERS)
         start = step * self._batch_size
         groups = self._order.groups(start, start + self._batch_size)
         wanted = {(source, shard) for source, shards in groups for shard in shards}
@@ -46,6 +47,7 @@ class ShardsAhead:
         """Stop copying, after the copies in the making."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        self._pool, self._asked = None, set()
 
     def _copy(self, record: ShardRecord) -> None:
         for suffix in _SUFFIXES:
@@ -58,7 +60,12 @@ def _tell(copied: Future[None]) -> None:
         _log.warning("a shard could not be copied ahead of its use: %s", error)
 
 
-def _check_room(index: SampleIndex, config: LoaderConfig) -> None:
+def _check_room(index: SampleIndex, cache: ShardCache, config: LoaderConfig) -> None:
+    if cache.folder is None:
+        raise LoaderError(
+            f"corpus {cache.corpus.root} is not on this machine; set cache_folder to a local "
+            "folder for copies of its shards"
+        )
     needed, largest = 0, 0
     for source in index.sources:
         sizes = sorted(

@@ -37,11 +37,7 @@ class ShardCache:
         own = self.corpus.local_path(record, suffix)
         if own is not None:
             return own
-        if self.folder is None:
-            raise LoaderError(
-                f"corpus {self.corpus.root} is not on this machine; set cache_folder to a local "
-                "folder for copies of its shards"
-            )
+        assert self.folder is not None, "a remote corpus is not read without a cache"
         target = self.corpus.copy_path(record, suffix, self.folder)
         if not _touch(target):
             os.makedirs(self.folder, exist_ok=True)

@@ -1,9 +1,9 @@
 """The loader on real shards: exact order for any world, workers and history; faults; bad input."""
 
 import json
+import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -369,8 +369,8 @@ def test_a_tar_that_is_gone_stops_training_with_its_name(tmp_path):
 def test_a_worker_that_is_killed_stops_training_and_the_step_can_be_read_again(corpus, undisturbed):
     with Loader(corpus, with_options(num_workers=1)) as loader:
         assert read_step([loader]) == undisturbed[0]
-        worker = next(iter(loader._stream._workers))
-        os.kill(worker.pid, signal.SIGKILL)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
         with pytest.raises(LoaderError, match=r"step \d+: a worker process of the loader died"):
             keys_of(loader, 39)
         step = loader.step
