@@ -114,12 +114,12 @@ def ledger_table(judged: Judged, spans: Mapping[int, "Spans"], policy: str) -> p
         "num_captions": judged.chosen.num_candidates,
         "num_kept": judged.chosen.num_kept,
         "captions": _caption_lists(judged),
-        "policy": pa.array([policy]).take(pa.array(np.zeros(rows.num_rows, np.int64))),
+        "policy": pa.repeat(policy, rows.num_rows),
     }
-    for name, part in (("image", "image"), ("json", "json")):
+    for name in ("image", "json"):
+        found = {at: getattr(of_row, name) for at, of_row in spans.items()}
         for field, attribute in (("offset", "offset"), ("bytes", "size")):
-            found = {at: getattr(getattr(span, part), attribute) for at, span in spans.items()}
-            values = [found.get(at) for at in range(rows.num_rows)]
+            values = [getattr(found.get(at), attribute, None) for at in range(rows.num_rows)]
             columns[f"{name}_{field}"] = pa.array(values, pa.int64())
     return pa.table([columns[name] for name in CLEAN_SCHEMA.names], schema=CLEAN_SCHEMA)
 
