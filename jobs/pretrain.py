@@ -4,12 +4,13 @@ MED pretraining, the fine-tuning of captioner and filter, and both stages of BLI
 objective (`jobs.training.objectives`) and their plan, and by nothing here.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from jobs.errors import UserError
 from jobs.training.context import TrainContext, this_process
-from jobs.training.data import held_out, on_device
+from jobs.training.data import check_workers, held_out, on_device
 from jobs.training.exports import ExportCard, read_card
 from jobs.training.job import TrainingJob
 from jobs.training.logs import MetricsLog, open_sinks
@@ -28,9 +29,10 @@ def pretrain(job: TrainingJob, should_stop: Callable[[], bool]) -> ExportCard | 
     """
     if job.config.workers.num_workers == 1:
         return train(this_process(), job, should_stop=should_stop)
-    from jobs.training.ray_train import train_on_ray
+    check_workers(job)
+    from jobs.training.ray_train import train_on_ray  # only here: Ray takes seconds to import
 
-    train_on_ray(job)
+    train_on_ray(job, os.environ.get("RAY_ADDRESS"))
     card = read_card(job.open_store(), job.stage)
     if card is None:
         raise UserError(f"{job.stage} ended without an export; see the workers' log")

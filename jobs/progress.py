@@ -49,8 +49,8 @@ class StageCount:
         self.kept += kept
 
     def kept_text(self) -> str:
-        """Return the kept share, e.g. `93.1% kept`, or nothing before the first row."""
-        return f"{self.kept / self.done:.1%} kept" if self.done else ""
+        """Return the kept share, e.g. `93.1% kept`; nothing before the first row, or of steps."""
+        return f"{self.kept / self.done:.1%} kept" if self.done and self.unit != "steps" else ""
 
     def line(self, elapsed_seconds: float) -> str:
         """Return one parseable line: stage, done/total, share, rate, kept share, time left."""
@@ -61,8 +61,8 @@ class StageCount:
             f"{self.title}: {reached:,}/{self.total:,} {self.unit} ({share:.0%})",
             f"{rate:,.1f} {self.unit}/s",
         ]
-        if self.done:
-            parts.append(self.kept_text())
+        if kept := self.kept_text():
+            parts.append(kept)
         if rate and reached < self.total:
             left = timedelta(seconds=round((self.total - reached) / rate))
             parts.append(f"{left} left")

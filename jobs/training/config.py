@@ -196,7 +196,9 @@ class TrainingConfig(BaseModel):
     )
     is_compiled: bool = Field(default=False, description="Whether torch.compile makes the model.")
     checkpoints_activations: bool = Field(
-        default=False, description="Compute the image encoder twice instead of storing it."
+        default=False,
+        description="Compute MED's image encoder and the language model twice instead of storing "
+        "what they compute.",
     )
     num_loader_workers: Annotated[int, Field(ge=0)] = Field(
         default=2, description="Processes that decode images for each training worker."

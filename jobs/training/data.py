@@ -13,7 +13,7 @@ from jobs.training.config import CORPUS_TOKENIZER, is_med
 from jobs.training.context import TrainContext
 from jobs.training.job import TrainingJob
 from jobs.training.objectives import Batch, Objective, to_device
-from jobs.training.plan import blip2_preset, med_preset
+from jobs.training.plan import blip2_preset, med_preset, plan_stage
 from jobs.training.texts import (
     TextTokenizer,
     load_tokenizer,
@@ -116,6 +116,13 @@ def cut(job: TrainingJob, global_batch_size: int, context: TrainContext) -> Micr
             f"micro_batch_size {size}; choose one that divides it"
         )
     return MicroBatches(size, share // size, context.rank * share // size)
+
+
+def check_workers(job: TrainingJob) -> None:
+    """Raise UserError unless every number of workers that is allowed can share a batch."""
+    batch = plan_stage(job.stage, job.section, num_pairs(job)).global_batch_size
+    for world_size in job.config.workers.possible:
+        cut(job, batch, TrainContext(torch.device("cpu"), 0, world_size))
 
 
 def open_loader(

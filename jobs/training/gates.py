@@ -5,7 +5,7 @@ makes the device wait: it is looked at when a record is due anyway.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -40,70 +40,68 @@ class Expectations:
 
 @dataclass(slots=True)
 class Gates:
-    """Judges records of training; remembers how long each condition has held."""
+    """Judges records of training; remembers how often in a row each condition was seen."""
 
     expected: Expectations
-    held: dict[str, int] = field(default_factory=dict)  # by alarm, in records
+    held: dict[str, int] = field(default_factory=dict)  # by alarm, in records that tell of it
 
     def judge(self, step: int, record: Mapping[str, float]) -> list[Alarm]:
-        """Return the alarms that hold after `PATIENCE` records in a row, given the newest one."""
-        found = dict(self._conditions(record)) if step >= self.expected.after_steps else {}
-        self.held = {name: self.held.get(name, 0) + 1 for name in found}
-        return [Alarm(n, found[n]) for n, count in self.held.items() if count >= PATIENCE]
+        """Return the alarms that hold after `PATIENCE` records in a row, given the newest one.
 
-    def _conditions(self, record: Mapping[str, float]) -> list[tuple[str, str]]:
-        conditions = []
-        if abs(record.get("itm", 0.0) - ITM_PRIOR) < _NEAR:
-            conditions.append(
-                (
-                    "itm_at_prior",
-                    f"ITM is at {ITM_PRIOR:.4f}, the entropy of guessing: the image is ignored. It "
-                    "leaves this once ITC is learned; if ITC is, check that images and captions "
-                    "belong together, lower the rate or train longer",
-                )
-            )
-        conditions += self._contrast(record)
-        if "lm_seen" in record and record["lm_seen"] >= record["lm_blind"] - _NEAR:
-            conditions.append(
-                (
-                    "lm_blind",
-                    f"captions are predicted no better with the image ({record['lm_seen']:.3f}) "
-                    f"than without ({record['lm_blind']:.3f}): check that the image encoder's "
-                    "weights were loaded, and that images and captions belong together",
-                )
-            )
-        if record.get("num_distinct_captions") == 1:
-            conditions.append(
-                (
-                    "same_caption",
-                    "every held-out image gets the same caption: the language model does not read "
-                    "the image. Check that stage 1 was trained, then the rate and the prompt",
-                )
-            )
-        return conditions
+        What a record does not tell of stays as it was: probes come less often than records.
+        """
+        if step < self.expected.after_steps:
+            return []
+        advice = {}
+        for name, is_sick, what_to_do in self._conditions(record):
+            self.held[name] = self.held.get(name, 0) + 1 if is_sick else 0
+            advice[name] = what_to_do
+        return [Alarm(n, advice[n]) for n in advice if self.held[n] >= PATIENCE]
 
-    def _contrast(self, record: Mapping[str, float]) -> list[tuple[str, str]]:
-        conditions = []
-        columns = self.expected.num_contrasted
-        if columns and "itc" in record and record["itc"] > math.log(columns) - _NEAR:
-            conditions.append(
-                (
-                    "itc_at_chance",
-                    f"ITC is at ln {columns:,} = {math.log(columns):.3f}, that of a random choice: "
-                    "raise the rate or the batch, and check that captions belong to their images",
-                )
+    def _conditions(self, record: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
+        """Yield each condition that the record tells of: its name, if it holds, and advice."""
+        if (itm := record.get("itm")) is not None:
+            yield (
+                "itm_at_prior",
+                abs(itm - ITM_PRIOR) < _NEAR,
+                f"ITM is at {ITM_PRIOR:.4f}, the entropy of guessing: the image is ignored. It "
+                "leaves this once ITC is learned; if ITC is, check that images and captions "
+                "belong together, lower the rate or train longer",
+            )
+        if (columns := self.expected.num_contrasted) and "itc" in record:
+            yield (
+                "itc_at_chance",
+                record["itc"] > math.log(columns) - _NEAR,
+                f"ITC is at ln {columns:,} = {math.log(columns):.3f}, that of a random choice: "
+                "raise the rate or the batch, and check that captions belong to their images",
             )
         if (limits := self.expected.temperature_range) and "temperature" in record:
             low, high = limits
-            if not low * 1.01 < record["temperature"] < high * 0.99:
-                conditions.append(
-                    (
-                        "temperature_at_limit",
-                        f"the temperature {record['temperature']:.4f} is at a limit of {limits}: "
-                        "lower the rate; many captions that are equal push it up",
-                    )
-                )
-        return conditions
+            yield (
+                "temperature_at_limit",
+                not low * 1.01 < record["temperature"] < high * 0.99,
+                f"the temperature {record['temperature']:.4f} is at a limit of {limits}: lower "
+                "the rate; many captions that are equal push it up",
+            )
+        yield from self._captions(record)
+
+    def _captions(self, record: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
+        if "lm_seen" in record and "lm_blind" in record:
+            seen, blind = record["lm_seen"], record["lm_blind"]
+            yield (
+                "lm_blind",
+                seen >= blind - _NEAR,
+                f"captions are predicted no better with the image ({seen:.3f}) than without "
+                f"({blind:.3f}): check that the image encoder's weights were loaded, and that "
+                "images and captions belong together",
+            )
+        if (different := record.get("num_distinct_captions")) is not None:
+            yield (
+                "same_caption",
+                different == 1,
+                "every held-out image gets the same caption: the language model does not read "
+                "the image. Check that stage 1 was trained, then the rate and the prompt",
+            )
 
 
 class FiniteGuard:

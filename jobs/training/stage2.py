@@ -36,6 +36,8 @@ def build_stage2(
     `llm_dtype` None stores the language model as the preset says. Raises UserError.
     """
     llm, tokenizer = _language_model(job, preset, llm_dtype)
+    if job.config.checkpoints_activations:
+        llm.model.gradient_checkpointing_enable()
     model = preset.build_stage2(llm, image_dtype=image_dtype)
     model.load_stage1(stage1)
     tower = {n.removeprefix(_TOWER): t for n, t in stage1.items() if n.startswith(_TOWER)}

@@ -43,6 +43,7 @@ class TrainingWatch:
         self._gates = Gates(objective.expected)
         self._window = Window(context)
         self._told: set[str] = set()
+        self._new_probes: dict[str, float] = {}  # that no record tells of yet
         self.probes: dict[str, float] = {}
         self.losses: dict[str, float] = {}
 
@@ -58,14 +59,15 @@ class TrainingWatch:
     def look(self, batches: Sequence[Batch]) -> None:
         """Probe the model on held-out batches; rank 0 does, the others go on to wait for it."""
         if self._context.is_main and batches:
-            self.probes = self._probe(self._objective, batches)
+            self.probes = self._new_probes = self._probe(self._objective, batches)
 
     def record(self, step: int, rate: float, timing: LoaderTiming) -> None:
         """Write a record of the steps since the last one; every rank has to call it."""
         self.losses = self._window.means()
         if self._log is None:
             return
-        numbers = self.losses | self._objective.numbers() | self.probes
+        numbers = self.losses | self._objective.numbers() | self._new_probes
+        self._new_probes = {}
         alarms = self._gates.judge(step, numbers)
         for alarm in alarms:
             if alarm.name not in self._told:
@@ -83,10 +85,18 @@ class TrainingWatch:
     def state(self) -> dict[str, Any]:
         """Return what `restore` takes; every rank has to call it."""
         window = self._window.state()
-        return {"window": window, "gates": self._gates.held, "probes": self.probes}
+        return {
+            "window": window,
+            "gates": dict(self._gates.held),
+            "probes": self.probes,
+            "new_probes": self._new_probes,
+            "losses": self.losses,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the run whose state this is."""
         self._window.restore(state["window"])
         self._gates.held = dict(state["gates"])
         self.probes = dict(state["probes"])
+        self._new_probes = dict(state["new_probes"])
+        self.losses = dict(state["losses"])

@@ -5,6 +5,8 @@ import random
 import shutil
 import signal
 import socket
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 from training_jobs import NUM_STEPS, alone, as_rank, job, killed_after, records, write_corpus
@@ -20,6 +22,9 @@ def processes():
     """Processes that start from one in which all is imported and no thread runs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_jobs"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # all it knows of where to import
+        forkserver.ensure_running()
     return context
 
 
