@@ -1,5 +1,6 @@
 """Runs on a cluster: handed over, watched, stopped, and reckoned beforehand."""
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,9 +64,12 @@ def run_submitted(
 ) -> None:
     """Be the driver of a submitted run, on the head; what continues it is to submit it again."""
     from jobs.commands.data import finish
+    from jobs.corpus_root import open_corpus
     from jobs.recipe import load_recipe
+    from jobs.takeover import wait_for_silence
 
     loaded = load_recipe(recipe)
+    wait_for_silence(open_corpus(loaded.root), threading.Event())
 
     def work(should_stop: Callable[[], bool]) -> "RunSummary":
         from jobs import run as jobs_run

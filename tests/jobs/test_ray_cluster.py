@@ -108,7 +108,7 @@ def test_the_start_commands_find_ray_and_python_in_the_virtual_environment(tmp_p
         (venv / name).chmod(0o755)
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         done = subprocess.run(
-            ["bash", "-c", cluster()[commands][-1]],
+            ["bash", "-c", next(each for each in cluster()[commands] if "ray start" in each)],
             env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "RAY_HEAD_IP": "10.0.0.1"},
             capture_output=True,
             text=True,
