@@ -1,5 +1,6 @@
 """The loader on real shards: exact order for any world, workers and history; faults; bad input."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,8 +29,11 @@ from loader_corpora import (
 from loader_process import CONFIG, read_step, seen_in
 
 from pipeline.corpus import Corpus
+from pipeline.ledger import LedgerWriter, ledger_schema
 from pipeline.loader import Loader, LoaderConfig, LoaderError
 from pipeline.loading.config import SourceConfig
+from pipeline.sample import Caption, Origin, Sample
+from pipeline.tar import TarWriter
 
 NUM_RECORDS = 23 + 2 * 5  # of the demo corpus
 INLINE = CONFIG.model_copy(update={"num_workers": 0})
@@ -106,7 +111,7 @@ def test_any_step_can_be_gone_to(corpus, undisturbed, step):
 
 
 def test_batches_are_the_same_for_any_number_of_workers(corpus, undisturbed):
-    for num_workers in (1, 3):
+    for num_workers in (1, 2):
         with Loader(corpus, with_options(num_workers=num_workers)) as loader:
             assert [read_step([loader]) for _ in range(12)] == undisturbed[:12]
             assert read_step([loader.at(3)]) == undisturbed[3]
@@ -147,7 +152,7 @@ def test_another_visit_draws_another_crop_and_may_draw_another_text(corpus):
     assert {len({text for text, _ in views}) for views in web.values()} == {1, 2}
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_kills_and_resizes_leave_no_trace(corpus, undisturbed, tmp_path, num_kills):
     rng, num_steps = random.Random(num_kills), 40
     for number in range(num_kills + 1):
@@ -259,6 +264,43 @@ def test_dropped_captions_and_failed_rows_are_never_seen(corpus):
         texts = {text for _ in range(20) for text in next(loader).texts}
     assert not [text for text in texts if "dropped" in text]
     assert len(texts) == 2 * 23 + 10
+
+
+def write_raw(corpus, source, items):
+    """Commit a raw shard as a download writes it, as far as training reads it."""
+    fields = [pa.field(name, pa.string()) for name in ("sha256", "caption", "origin")]
+    schema = ledger_schema([*fields, pa.field("num_captions", pa.int32())])
+    with corpus.writer("raw", source, 0, fingerprint="raw") as writer:
+        with (
+            open(writer.path("tar"), "wb") as stream,
+            TarWriter(stream) as tar,
+            LedgerWriter(writer.path("parquet"), schema) as ledger,
+        ):
+            for item in items:
+                captions = tuple(
+                    Caption(text=text, origin=Origin(origin), index=number)
+                    for number, (text, origin, _) in enumerate(item.captions)
+                )
+                tar.write(item.key, Sample(key=item.key, image=item.image, captions=captions)
+                          .to_members())  # fmt: skip
+                row = {"key": item.key, "source": source, "url": "", "verdict": "kept"}
+                row |= {"reason": "", "sha256": hashlib.sha256(item.image).hexdigest()}
+                row |= {"caption": captions[0].text, "origin": captions[0].origin.value}
+                ledger.write(row | {"num_captions": len(captions)})
+        writer.commit(rows_in=len(items), counts=ledger.counts)
+
+
+def test_raw_shards_give_the_web_as_it_came_and_every_human_text(tmp_path):
+    corpus = Corpus(str(tmp_path))
+    web = [Item(f"00000000{n}", photo(n), ((f"Web text {n}", "web", True),)) for n in range(3)]
+    write_raw(corpus, "web", web)
+    write_raw(corpus, "coco", [human_item(0, 0, photo(9))])
+    with Loader(corpus, with_options(stage="raw", global_batch_size=8)) as loader:
+        for _ in range(3):
+            batch = next(loader)
+            human = {f"text {n} of 000000000" for n in range(5)}
+            assert set(batch.texts) == {"web text 0", "web text 1", "web text 2"} | human
+            assert len(set(batch.image_ids.tolist())) == 4
 
 
 # Batches
