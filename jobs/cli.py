@@ -10,7 +10,7 @@ import typer
 
 from jobs.commands import cluster, data, look, start, train
 from jobs.commands.options import DONE, SOME_FAILED, WRONG_INPUT
-from jobs.errors import UserError
+from jobs.errors import RunError, UserError
 
 # img2dataset imports albumentations, which asks the network for news unless told not to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except UserError as error:
         typer.echo(error, err=True)
         sys.exit(WRONG_INPUT)
+    except RunError as error:
+        typer.echo(f"{error}; what is committed is safe, the same command continues", err=True)
+        sys.exit(SOME_FAILED)
     except OSError as error:
         if error.errno not in _THE_MACHINES:
             raise  # a bug, to be seen whole

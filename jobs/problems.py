@@ -2,10 +2,13 @@
 
 import errno
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from jobs.errors import UserError
+from jobs.errors import RunError, UserError
+from pipeline.corpus import Corpus
 from pipeline.sample import ShardError
 from pipeline.sources.rows import SourceError
 
@@ -54,8 +57,6 @@ class Problem:
     message: str
     trace: str = ""
     """Of a bug."""
-    errno: int | None = None
-    """Of a machine's refusal."""
 
     @property
     def where(self) -> str:
@@ -76,12 +77,31 @@ def problem_of(error: Exception) -> Problem:
             return Problem(Kind.STORAGE, message)
         if cause is None or isinstance(cause, (SourceError, ShardError, ValueError, OSError)):
             return Problem(Kind.SHARD, message)
-    if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
-        return Problem(Kind.MACHINE, message, errno=error.errno)
+    if isinstance(error, PermissionError) or _is_refusal(error):
+        return Problem(Kind.MACHINE, message)
     if _is_storage(error):
         return Problem(Kind.STORAGE, f"{type(error).__name__}: {message}")
     message = message if isinstance(error, ShardError) else f"{type(error).__name__}: {message}"
     return Problem(Kind.BUG, message, "".join(traceback.format_exception(error)))
+
+
+@contextmanager
+def storage_explained(corpus: Corpus) -> Iterator[None]:
+    """Turn what a corpus's storage refuses, outside of any shard, into a line for people.
+
+    Raises RunError in its place; a local disk's own errors say enough.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_storages = isinstance(error, OSError) or problem_of(error).kind is Kind.STORAGE
+        if corpus.store.is_local or not is_storages:
+            raise
+        raise RunError(f"{corpus.root}: storage refuses: {error}") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
 
 
 def _is_storage(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 
 import yaml
@@ -11,6 +12,7 @@ from jobs.corpus_root import open_corpus
 from jobs.durable import Condition, driving
 from jobs.errors import RunError, UserError
 from jobs.in_process import work_in_process
+from jobs.problems import storage_explained
 from jobs.recipe import Recipe
 from jobs.stages.download import Visit
 from jobs.stages.stage import Stage
@@ -83,8 +85,11 @@ def run_stages(
 ) -> RunSummary:
     """Run these stages, upstream first, over the recipe's corpus. Raises as `run` does."""
     corpus = open_corpus(recipe.root)
-    _check_recipe(recipe, corpus)
-    with driving(corpus, recipe.run, name=recipe.name, command=command) as heart:
+    with storage_explained(corpus), ExitStack() as until_done:
+        _check_recipe(recipe, corpus)
+        heart = until_done.enter_context(
+            driving(corpus, recipe.run, name=recipe.name, command=command)
+        )
         corpus.sweep()
         board = lay_out(recipe, corpus, stages)
         with watched(board, heart, should_stop) as watching:
