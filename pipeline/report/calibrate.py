@@ -29,7 +29,7 @@ FILE = "calibration.json"
 _Scores = NDArray[np.float64]
 
 _PAIRS_SQL = """
-    SELECT key, text, itm, itc, clip FROM {table}
+    SELECT key, text FROM {table}
     WHERE verdict = 'kept' AND origin IN ('web', 'human') AND index = 0 AND text IS NOT NULL
     ORDER BY hash(key), key LIMIT {rows}
 """
@@ -161,8 +161,8 @@ def calibrate(
 ) -> Calibration:
     """Return how good the scores are; also leaves it at report/calibration.json, for the page.
 
-    Needs the scorer that scored the corpus for shuffled pairs, or labelled ones, or both. Raises
-    ValueError where there is neither, or nothing was scored.
+    Needs the corpus's scorer for shuffled pairs, or labelled pairs, whose scores are those that are
+    stored, or both. Raises ValueError where there is neither, or nothing was scored.
     """
     config = config or CalibrationConfig()
     if scorer is None and not labelled:
@@ -231,9 +231,11 @@ def _shuffled_pairs(
             ]
             if not ready:
                 continue
-            scored = scorer.score([image for *_, image in ready], [[text] for _, text, _ in ready])
-            pairs += [row[2:] for row, *_ in ready]
-            shuffled += [(s.itm, s.itc, s.clip) for (s,) in scored]
+            # Both are scored now, so that no difference of weights or precision comes between.
+            texts = [[row[1], other] for row, other, _ in ready]
+            for own, other in scorer.score([image for *_, image in ready], texts):
+                pairs.append((own.itm, own.itc, own.clip))
+                shuffled.append((other.itm, other.itc, other.clip))
     return pairs, shuffled
 
 
