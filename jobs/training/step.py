@@ -6,6 +6,7 @@ draws what an undisturbed one would.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,13 +127,16 @@ def _replicated(model: nn.Module, context: TrainContext, is_compiled: bool) -> n
     called: nn.Module = torch.compile(model) if is_compiled else model  # type: ignore[assignment]
     if context.world_size == 1:
         return called
-    return DistributedDataParallel(
-        called,
-        device_ids=[context.device] if context.device.type == "cuda" else None,
-        broadcast_buffers=False,  # the queue is the same on all ranks by construction
-        init_sync=False,  # all ranks build or load the same weights; a frozen LLM is not sent
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # Newer versions of torch have another name for it, which older ones do not know.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(
+            called,
+            device_ids=[context.device] if context.device.type == "cuda" else None,
+            broadcast_buffers=False,  # the queue is the same on all ranks by construction
+            init_sync=False,  # all ranks build or load the same weights; a frozen LLM is not sent
+            gradient_as_bucket_view=True,
+        )
 
 
 class Window:

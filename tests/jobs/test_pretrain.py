@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,6 @@ from jobs.training.context import TrainContext
 from jobs.training.data import cut
 from jobs.training.exports import read_card
 from jobs.training.gates import DivergedError
-from jobs.training.job import TrainingJob
 from pipeline.corpus import Corpus
 from pipeline.download_row import RAW_SCHEMA
 from pipeline.ledger import LedgerWriter
@@ -208,7 +208,7 @@ def test_a_changed_export_of_the_stage_before_is_not_trained_on(trained, tmp_pat
 
 
 def test_a_recipe_without_human_captions_is_told_what_captioner_and_filter_need(corpus_only):
-    this = TrainingJob(str(corpus_only), "filter", config(), 0, human_sources=())
+    this = replace(job(corpus_only, "filter"), human_sources=())
     with pytest.raises(UserError, match="filter is fine-tuned on human captions"):
         alone(this)
 

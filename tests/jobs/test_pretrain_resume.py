@@ -5,14 +5,18 @@ import random
 import shutil
 import signal
 import socket
+from contextlib import ExitStack
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from training_jobs import NUM_STEPS, alone, as_rank, job, killed_after, records, write_corpus
+from training_jobs import CPU, NUM_STEPS, alone, as_rank, job, killed_after, records, write_corpus
 
 from jobs.checkpoint import Checkpoints
+from jobs.training.context import TrainContext
+from jobs.training.data import on_device
 from jobs.training.exports import read_card
+from jobs.training.session import open_session
 
 STAGES = ("med", "stage1", "stage2")
 
@@ -108,6 +112,22 @@ def test_stopped_between_two_records_it_writes_the_same_records(undisturbed, tmp
     assert_same_end(root, undisturbed, "captioner")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_ten_times_it_ends_with_the_same_bits(stage, undisturbed, tmp_path, processes):
+    options = {"num_steps": 40}
+    steady = job(fresh(undisturbed, tmp_path / "steady", stage), stage, options)
+    alone(steady)
+    killed = job(fresh(undisturbed, tmp_path / "killed", stage), stage, options)
+    rng = random.Random(stage)
+    for _ in range(10):
+        assert run(processes, killed_after, killed, rng.randint(1, 3)) == -signal.SIGKILL
+    alone(killed)
+    assert records(killed) == records(steady)
+    ours, theirs = (read_card(each.open_store(), stage) for each in (killed, steady))
+    assert ours.files == theirs.files
+
+
 @pytest.mark.parametrize("stage", ["med", "captioner", "stage2"])
 def test_two_workers_train_as_one_that_accumulates_two_micro_batches(
     stage, undisturbed, tmp_path, processes
@@ -118,6 +138,35 @@ def test_two_workers_train_as_one_that_accumulates_two_micro_batches(
     alone(one)
     run_ranks(processes, two, 2)
     assert_close(records(two), records(one))
+
+
+def test_the_contrast_of_stage1_spans_all_workers(undisturbed, tmp_path, processes):
+    options = {"num_steps": 1, "warmup_steps": 0, "dropout": 0.0}
+    one = job(fresh(undisturbed, tmp_path / "one", "stage1"), "stage1", options)
+    two = job(fresh(undisturbed, tmp_path / "two", "stage1"), "stage1", options)
+    alone(one)
+    run_ranks(processes, two, 2)
+    assert records(two)[0]["itc"] == pytest.approx(records(one)[0]["itc"], abs=1e-5)
+
+
+def test_stage1_exported_and_read_again_has_the_same_losses(undisturbed, tmp_path):
+    root = fresh(undisturbed, tmp_path)
+    export = shutil.copytree(root / "train/stage1/export", tmp_path / "export")
+    last = first_losses(job(root, "stage1"), is_resumed=True)
+    again = first_losses(job(root, "stage1", {"start_from": str(export)}), is_resumed=False)
+    assert again == pytest.approx(last, abs=1e-5)
+
+
+def first_losses(this, *, is_resumed):
+    """Return the losses of the first batch, with the last checkpoint's weights or the first."""
+    with ExitStack() as stack:
+        session = open_session(this, TrainContext(CPU), stack)
+        if is_resumed:
+            session.resume()
+        loader = session.loader.at(0)
+        batch = on_device(loader, next(loader), session.built.objective, CPU)
+        losses = session.stepper.update(0, [batch], session.pieces)
+    return {name: float(value) for name, value in losses.items()}
 
 
 def test_from_one_worker_to_two_and_back_the_losses_stay(undisturbed, tmp_path, processes):

@@ -63,7 +63,14 @@ def config(stage_options=None, watch=None, **options):
 
 
 def job(root, stage, stage_options=None, **options):
-    return TrainingJob(str(root), stage, config(stage_options, **options), 0, HUMAN)
+    return TrainingJob(
+        root=str(root),
+        stage=stage,
+        config=config(stage_options, **options),
+        seed=0,
+        sources=(),
+        human_sources=HUMAN,
+    )
 
 
 def alone(job, should_stop=lambda: False):
