@@ -31,6 +31,7 @@ from jobs.job_server import (
     JobServer,
 )
 from jobs.recipe import Recipe, dump_recipe
+from pipeline.model_configs import ModelConfig
 from pipeline.sample import canonical_json
 
 RECIPE_FILE = "recipe.yaml"
@@ -50,6 +51,7 @@ class Submitted:
     attempt: Attempt
     is_new: bool
     note: str = ""
+    """What to know about it, if anything."""
 
 
 def submit_run(server: JobServer, recipe: Recipe, again: str) -> Submitted:
@@ -80,7 +82,7 @@ def submit_run(server: JobServer, recipe: Recipe, again: str) -> Submitted:
         except AlreadySubmittedError:
             attempt = server.attempt(id_)
             return Submitted(attempt, False, _compare(attempt, recipe))
-    return Submitted(server.attempt(id_), True)
+    return Submitted(server.attempt(id_), True, _about_root(recipe))
 
 
 @contextmanager
@@ -202,6 +204,12 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _about_root(recipe: Recipe) -> str:
+    if "://" in recipe.root:
+        return ""
+    return f"{recipe.root} is a folder: every node has to mount it, or each writes to its own disk"
+
+
 def _compare(active: Attempt, recipe: Recipe) -> str:
     """Return what to know before attaching. Raises UserError if it is another run of that name."""
     now = _metadata(recipe)
@@ -229,16 +237,27 @@ def _refuse_shared_root(attempts: list[Attempt], recipe: Recipe) -> None:
 
 def _refuse_relative(recipe: Recipe) -> None:
     """Raise UserError for files that are named relative to the folder this machine stands in."""
-    places = {"root": recipe.root}
-    for source in recipe.sources:
-        places |= {f"sources.{source.name}.paths": path for path in source.paths}
-        for key in ("image_root", "image_data"):
-            if value := getattr(source, key):
-                places[f"sources.{source.name}.{key}"] = value
-    for key, place in places.items():
+    for key, place in _places(recipe):
         if "://" not in place and not Path(place).is_absolute():
             raise UserError(
                 f"{key} = {place}: relative to this machine, so the cluster would not find it; "
                 f"give a URL (s3://, gs://) or an absolute path that every node mounts: "
                 f"--set {key}=..."
             )
+
+
+def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "root", recipe.root
+    for source in recipe.sources:
+        for path in source.paths:
+            yield f"sources.{source.name}.paths", path
+        for key in ("image_root", "image_data"):
+            if value := getattr(source, key):
+                yield f"sources.{source.name}.{key}", value
+    models: dict[str, ModelConfig | None] = {"captioner": recipe.captioner}
+    if recipe.scorer is not None:
+        models |= {"scorer.filter": recipe.scorer.filter, "scorer.clip": recipe.scorer.clip}
+    for key, model_config in models.items():
+        # A name on the hub looks like a relative path, and is one only if there is such a folder.
+        if model_config is not None and Path(model_config.name).is_dir():
+            yield f"{key}.name", model_config.name

@@ -83,6 +83,15 @@ def test_files_that_only_this_machine_can_see_are_refused(changes, key):
         submit_run(NoServer(), recipe(**changes), AGAIN)
 
 
+def test_a_model_folder_that_only_this_machine_can_see_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "my-captioner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^captioner.name = my-captioner: relative"):
+        submit_run(NoServer(), recipe(captioner={"name": "my-captioner"}), AGAIN)
+    with pytest.raises(AssertionError, match="the head was asked"):
+        submit_run(NoServer(), recipe(captioner={"name": "owner/on-the-hub"}), AGAIN)
+
+
 def test_no_head_is_a_line_that_says_what_to_do(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match="ray dashboard ray_cluster.yaml.*capfilt status"):
