@@ -6,8 +6,11 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import boto3
 import fsspec
 import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
 
 from jobs.durable import FILE, Driver, FailedShard, RunStatus, StageStatus
 from jobs.errors import UserError
@@ -56,14 +59,36 @@ def write_markers(root, number, stage="raw"):
         stream.write(b"{}")  # a commit that was cut off: not a shard
 
 
-@pytest.fixture(params=["disk", "memory"])
+@pytest.fixture(scope="module")
+def bucket():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield "s3://runs"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
 def root(request, tmp_path):
     if request.param == "disk":
         yield str(tmp_path / "corpus")
-        return
-    url = f"memory://{tmp_path.name}"
-    yield url
-    fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+    elif request.param == "s3":
+        yield f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    else:
+        yield f"memory://{tmp_path.name}"
+        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
 
 
 def test_what_exists_is_counted_now_and_not_when_the_driver_last_wrote(root):
