@@ -56,10 +56,12 @@ class OtherContentError(ShardError):
             for key in sorted(stored.keys() | now.keys())
             if stored.get(key, ABSENT) != now.get(key, ABSENT)
         }
-        shown = [f"{key} was {old!r}, now {new!r}" for key, (old, new) in self.differences.items()]
+        found = self.differences.items()
+        shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in found)
         super().__init__(
-            f"shard {record.name} was made with other settings: {'; '.join(shown)}; set these "
-            f"back, write to another root, or delete {record.stage}/ to make all of it anew"
+            f"shard {record.name} was made with other settings: "
+            f"{shown or 'its fingerprint differs'}; set these back, write to another root, or "
+            f"delete {record.stage}/ to make all of it anew"
         )
 
 
