@@ -4,9 +4,10 @@ Everything is read from the source lists and the markers; a run that was killed 
 one that has just begun.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jobs.board import Board, Key, Limits, StageBoard
+from jobs.catalogue import Catalogue
 from jobs.plan import plan_run
 from jobs.pools import shards_ahead
 from jobs.recipe import Recipe
@@ -30,7 +31,7 @@ def limits_of(config: RunConfig, stages: Sequence[str]) -> Limits:
     )
 
 
-def lay_out(recipe: Recipe, corpus: Corpus, stages: Sequence[Stage]) -> Board:
+def lay_out(recipe: Recipe, catalogue: Catalogue, stages: Sequence[Stage]) -> Board:
     """Return what is to be done by these stages, upstream first, and what exists already.
 
     Raises UserError when a source cannot be read, or shards were made by another recipe.
@@ -38,53 +39,62 @@ def lay_out(recipe: Recipe, corpus: Corpus, stages: Sequence[Stage]) -> Board:
     boards: list[StageBoard] = []
     for stage in stages:
         if isinstance(stage, DownloadStage):
-            boards.append(_downloads(recipe, corpus, stage))
+            boards.append(_downloads(recipe, catalogue, stage))
             continue
-        boards = boards or [_given(recipe, corpus, folder) for folder in _above(stage.folder)]
+        boards = boards or [_given(recipe, catalogue, folder) for folder in _above(stage.folder)]
         tasks = {
             key: Task(stage.folder, task.source, task.index, task.num_rows)
             for key, task in boards[-1].tasks.items()
         }
-        done = commits(recipe, corpus, stage.folder, stage)
+        done: Commits = {}
+        for source in recipe.sources:
+            found = catalogue.of(stage.folder, source.name)
+            accepted = _accepted(stage, catalogue.corpus, source.name, found)
+            done |= {(source.name, index): commit for index, commit in accepted.items()}
         boards.append(StageBoard(stage.name, stage.folder, tasks, done=done))
     return Board(boards, limits_of(recipe.run, [stage.name for stage in stages]))
 
 
-def commits(recipe: Recipe, corpus: Corpus, folder: str, stage: Stage | None) -> Commits:
-    """Return the shards of the recipe's sources that exist in a folder, as the stage wants them."""
-    return {
-        (source.name, record.index): Commit.of(record)
-        for source in recipe.sources
-        for record in corpus.shards(folder, source.name)
-        if stage is None or stage.accepts(record)
-    }
+def _accepted(
+    stage: Stage, corpus: Corpus, source: str, found: Mapping[int, Commit]
+) -> dict[int, Commit]:
+    """Return the shards that are as the stage wants them; of each fingerprint one is looked at."""
+    verdicts: dict[str, bool] = {}
+    for index, commit in found.items():
+        if commit.fingerprint not in verdicts:
+            record = corpus.record(stage.folder, source, index)
+            if record is not None:  # else it is being replaced this very moment
+                verdicts[record.fingerprint] = stage.accepts(record)
+    return {i: commit for i, commit in found.items() if verdicts.get(commit.fingerprint, False)}
 
 
-def _downloads(recipe: Recipe, corpus: Corpus, stage: DownloadStage) -> StageBoard:
-    plans = plan_run(recipe, corpus)
+def _downloads(recipe: Recipe, catalogue: Catalogue, stage: DownloadStage) -> StageBoard:
     tasks: dict[Key, Task] = {}
     done: Commits = {}
-    for plan in plans:
+    for plan in plan_run(recipe, catalogue):
         source = plan.config.name
-        for made in plan.done.values():
-            stage.accepts(made)
+        _accepted(stage, catalogue.corpus, source, plan.done)
         for shard in plan.shards:
-            key, record = (source, shard.index), plan.done.get(shard.index)
+            key, commit = (source, shard.index), plan.done.get(shard.index)
             if stage.visit is Visit.MISSING:
-                if record is not None:
-                    done[key] = Commit.of(record)
+                if commit is not None:
+                    done[key] = commit
                 num_rows = shard.num_records
-            elif record is None:
+            elif commit is None:
                 continue  # there is nothing to visit again
             else:
-                num_rows = sum(record.counts.failed.values())
+                num_rows = commit.num_failed
             tasks[key] = Task(stage.folder, source, shard.index, num_rows, shard)
     return StageBoard(stage.name, stage.folder, tasks, done=done)
 
 
-def _given(recipe: Recipe, corpus: Corpus, folder: str) -> StageBoard:
+def _given(recipe: Recipe, catalogue: Catalogue, folder: str) -> StageBoard:
     """Return a stage that the run starts below: its shards are those that exist."""
-    done = commits(recipe, corpus, folder, None)
+    done = {
+        (source.name, index): commit
+        for source in recipe.sources
+        for index, commit in catalogue.of(folder, source.name).items()
+    }
     tasks = {
         (source, index): Task(folder, source, index, commit.num_rows)
         for (source, index), commit in done.items()

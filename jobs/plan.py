@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.catalogue import Catalogue
 from jobs.corpus_root import open_corpus
 from jobs.errors import UserError
 from jobs.recipe import Recipe, dump_recipe
+from jobs.stages.stage import Commit
 from pipeline.corpus import Corpus
 from pipeline.download import STAGE
-from pipeline.record import ShardRecord
 from pipeline.sources.config import SourceConfig
 from pipeline.sources.rows import SourceError
 from pipeline.sources.shards import SourceShard, plan_shards
@@ -22,7 +23,7 @@ class SourcePlan:
 
     config: SourceConfig
     shards: tuple[SourceShard, ...]
-    done: Mapping[int, ShardRecord]
+    done: Mapping[int, Commit]
 
     @property
     def missing(self) -> Iterator[SourceShard]:
@@ -40,18 +41,18 @@ class SourcePlan:
         return sum(shard.num_records for shard in self.shards)
 
 
-def plan_run(recipe: Recipe, corpus: Corpus) -> list[SourcePlan]:
+def plan_run(recipe: Recipe, catalogue: Catalogue) -> list[SourcePlan]:
     """Cut every source into shards and look up which of them exist; writes nothing.
 
     Raises UserError when a source cannot be read.
     """
-    return [_plan_source(recipe, corpus, config) for config in recipe.sources]
+    return [_plan_source(recipe, catalogue, config) for config in recipe.sources]
 
 
 def describe_plan(recipe: Recipe, *, as_json: bool = False) -> str:
     """Return the fully resolved recipe and the plan; reads lists and markers, writes nothing."""
     corpus = open_corpus(recipe.root)
-    plans = plan_run(recipe, corpus)
+    plans = plan_run(recipe, Catalogue.load(corpus))
     if as_json:
         return json.dumps(_to_json(recipe, corpus, plans), indent=2)
     return dump_recipe(recipe) + "\n" + "\n".join(_lines(recipe, corpus, plans))
@@ -82,25 +83,25 @@ def _to_json(recipe: Recipe, corpus: Corpus, plans: list[SourcePlan]) -> dict[st
     return {"recipe": recipe.model_dump(mode="json"), "root": corpus.root, "stages": stages}
 
 
-def _plan_source(recipe: Recipe, corpus: Corpus, config: SourceConfig) -> SourcePlan:
+def _plan_source(recipe: Recipe, catalogue: Catalogue, config: SourceConfig) -> SourcePlan:
     try:
         shards = tuple(plan_shards(config, records_per_shard=recipe.download.rows_per_shard))
     except SourceError as error:
         raise UserError(f"source {config.name}: {error}") from error
-    done = {record.index: record for record in corpus.shards(STAGE, config.name)}
+    done = catalogue.of(STAGE, config.name)
     _refuse_other_lists(config.name, shards, done)
     return SourcePlan(config, shards, done)
 
 
 def _refuse_other_lists(
-    source: str, shards: tuple[SourceShard, ...], done: Mapping[int, ShardRecord]
+    source: str, shards: tuple[SourceShard, ...], done: Mapping[int, Commit]
 ) -> None:
     """Raise UserError where the shards that exist cannot have come from these lists."""
-    for index, record in sorted(done.items()):
+    for index, commit in sorted(done.items()):
         planned = shards[index].num_records if index < len(shards) else 0
-        if record.rows_in != planned:
+        if commit.num_rows != planned:
             raise UserError(
-                f"source {source}: shard {record.name} was made from {record.rows_in:,} rows, its "
-                f"lists now give it {planned:,}; give back the lists that the corpus was begun "
-                "with, or write to another root"
+                f"source {source}: shard {STAGE}/{source}/{index:05d} was made from "
+                f"{commit.num_rows:,} rows, its lists now give it {planned:,}; give back the "
+                "lists that the corpus was begun with, or write to another root"
             )

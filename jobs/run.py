@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import yaml
 
+from jobs.catalogue import Catalogue
 from jobs.chain import lay_out
 from jobs.corpus_root import open_corpus
 from jobs.durable import Condition, driving
@@ -18,6 +19,7 @@ from jobs.stages.download import Visit
 from jobs.stages.stage import Stage
 from jobs.stages.stages import chain_of, stages_of
 from jobs.summary import RunSummary
+from jobs.tidy import tidy
 from jobs.watching import Watching, watched
 from pipeline.corpus import Corpus
 from pipeline.runfile import FingerprintError, RunFileError, check_same
@@ -90,14 +92,16 @@ def run_stages(
         heart = until_done.enter_context(
             driving(corpus, recipe.run, name=recipe.name, command=command)
         )
-        corpus.sweep()
-        board = lay_out(recipe, corpus, stages)
-        with watched(board, heart, should_stop) as watching:
+        tidy(corpus)
+        catalogue = Catalogue.load(corpus)
+        board = lay_out(recipe, catalogue, stages)
+        with watched(board, heart, catalogue, should_stop) as watching:
             _make(recipe, stages, watching, address or os.environ.get("RAY_ADDRESS"))
         if heart.is_lost:
             raise RunError(f"{corpus.root}: another run has taken over, and goes on from here")
-        corpus.sweep()
         summary = RunSummary.of(watching)
+        if summary.num_new or summary.failures:
+            tidy(corpus)
         heart.tell(condition=_condition(summary))
     return summary
 

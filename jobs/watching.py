@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median, quantiles
 
 from jobs.board import Board, StageBoard
+from jobs.catalogue import Catalogue, Place
 from jobs.durable import FailedShard, Heart, StageStatus
 from jobs.health import SuccessRate
 from jobs.problems import BugTally, Kind, Problem
@@ -20,6 +21,7 @@ from pipeline.record import Counts
 
 _log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_TELLINGS = 1.0
+_SECONDS_BETWEEN_CATALOGUES = 300.0
 _FAILURES_TOLD = 100
 
 
@@ -49,6 +51,7 @@ class Watching:
     meters: Mapping[str, Meter]
     """Of the stages that this run works at, by name."""
     heart: Heart
+    catalogue: Catalogue
     should_stop: Callable[[], bool]
     clock: Callable[[], float] = time.monotonic
     accounts: dict[str, StageAccount] = field(init=False)
@@ -59,9 +62,10 @@ class Watching:
     _success: SuccessRate = field(default_factory=SuccessRate)
     _started_at: float = field(init=False)
     _told_at: float = field(init=False)
+    _catalogued_at: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._started_at = self.clock()
+        self._started_at = self._catalogued_at = self.clock()
         self._told_at = float("-inf")
         self.accounts = {
             stage.name: StageAccount(
@@ -96,6 +100,7 @@ class Watching:
         )
         account.live_rows = account.live_kept = 0
         account.times.update(made.times)
+        self.catalogue.note([(Place(task.folder, task.source, task.index), made.commit)])
         if made.is_new:
             account.counts.update(_tally(made.counts))
         if made.download is not None:
@@ -137,6 +142,9 @@ class Watching:
         if not is_last and now - self._told_at < _SECONDS_BETWEEN_TELLINGS:
             return
         self._told_at = now
+        if now - self._catalogued_at >= _SECONDS_BETWEEN_CATALOGUES:
+            self._catalogued_at = now
+            self.catalogue.save()
         failures = [
             FailedShard(
                 shard=stage.tasks[key].name,
@@ -182,7 +190,9 @@ class Watching:
 
 
 @contextmanager
-def watched(board: Board, heart: Heart, should_stop: Callable[[], bool]) -> Iterator[Watching]:
+def watched(
+    board: Board, heart: Heart, catalogue: Catalogue, should_stop: Callable[[], bool]
+) -> Iterator[Watching]:
     """Show the progress of a run on the terminal, and keep its status, until left."""
     stretches = [
         Stretch(
@@ -194,12 +204,13 @@ def watched(board: Board, heart: Heart, should_stop: Callable[[], bool]) -> Iter
         if not stage.is_given
     ]
     with stage_meters(stretches, unit="rows", stream=sys.stderr) as meters:
-        watching = Watching(board, meters, heart, should_stop)
+        watching = Watching(board, meters, heart, catalogue, should_stop)
         watching.tell(is_last=True)
         try:
             yield watching
         finally:
             watching.tell(is_last=True)
+            catalogue.save()
 
 
 def _tally(counts: Counts) -> Counter[tuple[str, str]]:

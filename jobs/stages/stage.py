@@ -1,5 +1,6 @@
 """What a stage is to the driver: a name, a place in the chain, and something that makes shards."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -42,15 +43,25 @@ class Commit:
     inputs: str | None
     fingerprint: str
     num_rows: int
+    num_failed: int = 0
+    tag: str = ""
+    """MD5 of the marker, which object stores list: it says whether this is what is there."""
 
     @classmethod
-    def of(cls, record: ShardRecord) -> "Commit":
-        """Return the part of a marker that decides what is to be done."""
+    def of(cls, record: ShardRecord, tag: str | None = None) -> "Commit":
+        """Return the part of a marker that decides what is to be done.
+
+        The tag is computed unless it is given; an empty one is as good where nobody asks for it.
+        """
+        if tag is None:
+            tag = hashlib.md5(record.to_bytes(), usedforsecurity=False).hexdigest()
         return cls(
             sha256=record.sha256,
             inputs=record.inputs,
             fingerprint=record.fingerprint,
             num_rows=record.rows_in,
+            num_failed=sum(record.counts.failed.values()),
+            tag=tag,
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 
 from jobs.board import Board, StageBoard
+from jobs.catalogue import Catalogue
 from jobs.chain import limits_of
 from jobs.durable import driving
 from jobs.errors import UserError
@@ -159,7 +160,10 @@ class Box:
                 (SOURCE, r.index): Commit.of(r) for r in corpus.shards(each.folder, SOURCE)
             }
         board = Board(boards, limits_of(config, [stage.name for stage in stages]))
-        with driving(corpus, config, name="box") as heart, watched(board, heart, should_stop) as w:
+        with (
+            driving(corpus, config, name="box") as heart,
+            watched(board, heart, Catalogue(corpus), should_stop) as w,
+        ):
             work(stages, board, w)
         return w
 
