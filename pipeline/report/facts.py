@@ -137,7 +137,7 @@ def training(corpus: Corpus) -> list[dict[str, Any]]:
                 "stage": stage,
                 "is_cut": size > MAX_METRICS_BYTES,
                 "unreadable_lines": num_bad,
-                "curves": {name: _thinned(curves[name]) for name in sorted(curves)[:MAX_CURVES]},
+                "curves": {name: _thinned(curves[name]) for name in _in_order(curves)[:MAX_CURVES]},
             }
         )
     return found
@@ -167,6 +167,11 @@ def read_curves(lines: Iterable[str]) -> tuple[dict[str, list[tuple[float, float
         for name, value in _numbers(fields):
             curves.setdefault(name, {})[step] = value
     return {name: sorted(points.items()) for name, points in curves.items()}, num_bad
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Return the loss, then what stands beside it, then what is grouped, such as the pace."""
+    return sorted(names, key=lambda name: (name != "loss", "." in name, name))
 
 
 def _numbers(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -14,6 +14,7 @@ from pipeline.report.texts import texts
 
 FORMAT = 1
 ABLATION, CALIBRATION = "report/ablation.json", "report/calibration.json"
+GONE = "The {} shards are not here any more; what they would tell is missing."
 Json = dict[str, Any]
 
 
@@ -52,8 +53,9 @@ def headline(found: Json) -> Json:
     total = found["funnel"]["total"]
     clean, raw = total["clean"], total["raw"]
     return {
-        "rows_in": raw["rows"],
-        "images": raw["kept"],
+        # Where raw shards were removed after selection, the clean ledger still has every row.
+        "rows_in": raw["rows"] or clean["rows"],
+        "images": raw["kept"] if raw["rows"] or not clean["rows"] else None,
         "images_scored": total["images_scored"],
         "samples_kept": clean["kept"] if clean["rows"] else None,
         "captions_scored": {o: c["kept"] for o, c in total["scoring"].items() if o != "none"},
@@ -73,7 +75,8 @@ def missing(found: Json) -> list[str]:
     for stage, verb in (("captions", "captioned and scored"), ("clean", "selected from")):
         waiting, above = stage_of[stage]["waiting"], {"captions": "raw", "clean": "captions"}[stage]
         if not stage_of[stage]["shards"]:
-            lines.append(f"No shard has been {verb} yet.")
+            is_gone = stage == "captions" and stage_of["clean"]["shards"]
+            lines.append(f"No shard has been {verb} yet." if not is_gone else GONE.format(stage))
         elif waiting:
             num = stage_of[above]["shards"]
             lines.append(f"{waiting:,} of {num:,} {above} shards have not been {verb} yet.")
@@ -83,7 +86,8 @@ def missing(found: Json) -> list[str]:
                 "been replaced. Run the job again."
             )
     if not stage_of["raw"]["shards"]:
-        lines.insert(0, "No shard has been downloaded yet.")
+        is_gone = stage_of["captions"]["shards"] or stage_of["clean"]["shards"]
+        lines.insert(0, GONE.format("raw") if is_gone else "No shard has been downloaded yet.")
     for facts in stage_of.values():
         lines += [
             f"{path} is damaged and was passed over; `capfilt verify` says what to do."
@@ -92,5 +96,5 @@ def missing(found: Json) -> list[str]:
     for name, score in (("ITM", "itm"), ("ITC", "itc"), ("CLIP", "clip")):
         without = found["scores"][score]["missing"]
         if without and without == found["scores"]["captions"]:
-            lines.append(f"No caption has a {name} score.")
+            lines.append(f"The captions have no {name} score.")
     return lines

@@ -231,6 +231,10 @@ def test_a_corpus_without_its_raw_shards_still_shows_what_was_kept(tmp_path):
         path.rmdir() if path.is_dir() else path.unlink()
     found = shown(corpus)
     assert all((example.thumbnail is not None) == (example.verdict == "kept") for example in found)
+    report = report_of(corpus)
+    assert report["headline"]["rows_in"] == 60
+    assert report["headline"]["images"] is None
+    assert "The raw shards are not here any more" in report["missing"][0]
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -100,7 +100,9 @@ def test_the_page_loads_without_complaint_and_asks_the_network_nothing(browser, 
 
 def test_every_chart_is_drawn(page):
     empty = page.eval_on_selector_all(
-        "[data-chart]", "all => all.filter(c => !c.querySelector('svg')).map(c => c.dataset.chart)"
+        "[data-chart]",
+        "all => all.filter(c => c.clientWidth && !c.querySelector('svg'))"
+        ".map(c => c.dataset.chart)",
     )
     assert empty == []
 
