@@ -17,6 +17,7 @@ from jobs.evaluation.retrieval import retrieval
 from jobs.recipe import Recipe
 from jobs.training.config import Stage
 from jobs.training.exports import opened_export, read_card, stage_folder
+from pipeline.corpus import Corpus
 from pipeline.store import Store
 
 RESULT = "evaluation.json"
@@ -47,11 +48,11 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(recipe: Recipe, stage: Stage) -> Evaluation:
+def evaluate(recipe: Recipe, stage: Stage, *, pairs_of: Corpus | None = None) -> Evaluation:
     """Measure a stage's export, write the figures beside it, and return them.
 
-    The same whatever the batch size and whoever runs it. Raises UserError when something is
-    missing.
+    The held-out pairs are the recipe's own, or those of the corpus `pairs_of`. The figures are the
+    same whatever the batch size and whoever runs it. Raises UserError when something is missing.
     """
     if recipe.evaluation is None or recipe.training is None:
         raise UserError(
@@ -67,7 +68,9 @@ def evaluate(recipe: Recipe, stage: Stage) -> Evaluation:
         )
     with opened_export(corpus.store, stage, card) as folder:
         model = load_evaluable(stage, folder, recipe.training.of(stage))
-        pairs = read_held_out(corpus, config.source, model.preprocessor, config.max_images)
+        pairs = read_held_out(
+            pairs_of or corpus, config.source, model.preprocessor, config.max_images
+        )
         done = _measure(stage, model, pairs, config, card.fingerprint)
     _write(corpus.store, done)
     return done

@@ -26,7 +26,7 @@ from pipeline.loading.index import read_index
 from pipeline.sample import canonical_json
 
 _log = logging.getLogger(__name__)
-_VOCABULARY = "train/vocabulary.json"
+VOCABULARY = "train/vocabulary.json"
 _MAX_CAPTIONS = 2_000_000  # that a tokenizer is made of
 _PROBE_BATCH = 32
 
@@ -62,14 +62,14 @@ def loader_config(job: TrainingJob, global_batch_size: int) -> LoaderConfig:
 
 
 def _sources(job: TrainingJob) -> dict[str, SourceConfig]:
-    """Return the sources and their shares; none stands for all.
+    """Return the sources and their shares.
 
     Captioner and filter are fine-tuned on human captions alone (BLIP, Sec. 3.3).
     """
     if job.section.sources is not None:
         return dict(job.section.sources)
     if job.stage not in ("captioner", "filter"):
-        return {}
+        return {name: SourceConfig() for name in job.sources}
     if not job.human_sources:
         raise UserError(
             f"{job.stage} is fine-tuned on human captions, and the recipe has no source of them; "
@@ -180,12 +180,12 @@ def open_tokenizer(job: TrainingJob, context: TrainContext) -> TextTokenizer:
     if job.config.tokenizer != CORPUS_TOKENIZER:
         return load_tokenizer(job.config.tokenizer)
     store = job.open_store()
-    if context.is_main and store.read(_VOCABULARY) is None:
+    if context.is_main and store.read(VOCABULARY) is None:
         words = vocabulary_of_words(_captions(job), job.config.vocabulary_size)
         store.make_folder("train")
-        store.create(_VOCABULARY, canonical_json(words).encode())
+        store.create(VOCABULARY, canonical_json(words).encode())
     context.wait_for_all()
-    return tokenizer_from_vocabulary(store.read(_VOCABULARY) or b"")
+    return tokenizer_from_vocabulary(store.read(VOCABULARY) or b"")
 
 
 def _captions(job: TrainingJob) -> Iterable[str]:

@@ -23,6 +23,7 @@ class TrainingJob:
     seed: int
     human_sources: tuple[str, ...]  # captioner and filter learn from these
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()  # all that may be trained on; empty: what the corpus has
 
     @property
     def section(self) -> StageConfig:
@@ -50,5 +51,8 @@ def training_job(recipe: Recipe, stage: Stage) -> TrainingJob:
             "the recipe has no section `training`; add one, even an empty `training: {}`, for the "
             "papers' settings"
         )
-    human = tuple(each.name for each in recipe.sources if each.origin is Origin.HUMAN)
-    return TrainingJob(recipe.root, stage, recipe.training, recipe.seed, human)
+    held_out = recipe.evaluation.source if recipe.evaluation else None
+    mine = [each for each in recipe.sources if each.name != held_out]
+    human = tuple(each.name for each in mine if each.origin is Origin.HUMAN)
+    names = tuple(each.name for each in mine) if held_out else ()
+    return TrainingJob(recipe.root, stage, recipe.training, recipe.seed, human, sources=names)
