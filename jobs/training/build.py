@@ -96,9 +96,7 @@ class Workshop:
         """Return what the stage begins from, None for random weights. Raises UserError."""
         stage, given = self.job.stage, self.job.section.start_from
         if given is not None:
-            folder = Path(given)
-            if not folder.is_dir():
-                raise UserError(f"training.{stage}.start_from = {given!r}: there is no such folder")
+            folder = _resolved(given, f"training.{stage}.start_from")
             return Beginning(folder, fingerprint_folder(folder))
         return self.export_of(_BEFORE[stage]) if stage in _BEFORE else None
 
@@ -305,11 +303,18 @@ def stage1_of(folder: Path, preset: Blip2Preset) -> dict[str, Tensor]:
 
 def _bert(name: str) -> tuple[dict[str, Tensor], str]:
     """Return the weights of a BERT and their fingerprint. Raises UserError."""
-    try:
-        folder = resolve_model(ModelConfig(name=name))
-    except ModelError as error:
-        raise UserError(f"text_model: {error}") from error
+    folder = _resolved(name, "text_model")
     return read_weights(folder), fingerprint_folder(folder, lambda n: n.endswith(".safetensors"))
+
+
+def _resolved(name: str, key: str) -> Path:
+    """Return a folder, or that of a name on the hub. Raises UserError that names the key."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return resolve_model(ModelConfig(name=name))
+    except ModelError as error:
+        raise UserError(f"{key} = {name!r}: {error}") from error
 
 
 def _fingerprint(module: nn.Module) -> str:

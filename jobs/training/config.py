@@ -74,8 +74,8 @@ class StageConfig(BaseModel):
     )
     start_from: str | None = Field(
         default=None,
-        description="Folder of a Hugging Face model to start from; left out: the export of the "
-        "stage before, or random weights for the first.",
+        description="Hugging Face model to start from, a folder or a name on the hub; left out: "
+        "the export of the stage before, or random weights for the first.",
     )
     text_model: str | None = Field(
         default=None,

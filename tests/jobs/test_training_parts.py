@@ -11,10 +11,16 @@ from pydantic import ValidationError
 from transformers import BertTokenizer
 
 from jobs.errors import UserError
-from jobs.training.config import STAGES, StageConfig, TrainingConfig, WorkersConfig
+from jobs.training.config import (
+    STAGES,
+    StageConfig,
+    TrainingConfig,
+    WatchConfig,
+    WorkersConfig,
+)
 from jobs.training.context import TrainContext
 from jobs.training.gates import ITM_PRIOR, PATIENCE, DivergedError, Expectations, FiniteGuard, Gates
-from jobs.training.logs import MetricsLog, read_metrics
+from jobs.training.logs import MetricsLog, open_sinks, read_metrics
 from jobs.training.pace import Pace
 from jobs.training.plan import plan_stage
 from jobs.training.probes import area_under_curve, retrieval_at_1, word_f1
@@ -314,3 +320,15 @@ def test_pace_is_of_all_workers_and_mfu_of_one():
     assert numbers["data_wait_share"] == 0.25
     assert numbers["mfu"] == pytest.approx(0.4)
     assert numbers["memory_gib"] > 0
+
+
+def test_tensorboard_files_stand_beside_the_records(tmp_path):
+    store = Store(str(tmp_path))
+    sinks = open_sinks(store, "train/med", WatchConfig(), "test")
+    with MetricsLog(store, "train/med", resumed_at=0, sinks=sinks) as log:
+        log.write({"step": 1, "loss": 0.5})
+    assert list((tmp_path / "train/med/tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_object_storage_has_no_tensorboard_files(tmp_path):
+    assert open_sinks(Store(f"memory://{tmp_path.name}"), "train/med", WatchConfig(), "test") == []
