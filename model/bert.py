@@ -78,13 +78,17 @@ class AttentionBlock(nn.Module):
         `mask` is bool, True where the row may attend to the column, broadcastable to (B, h, S, K);
         None lets every row attend to every column.
         """
-        attended = F.scaled_dot_product_attention(
-            self._heads(self.query(hidden)),
-            context.keys,
-            context.values,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # (B, h, S, D/h)
+        query = self._heads(self.query(hidden))
+        if hidden.shape[1] == 1 and hidden.device.type == "cpu" and not self.training:
+            attended = _attend_from_one(query, context, mask)
+        else:
+            attended = F.scaled_dot_product_attention(
+                query,
+                context.keys,
+                context.values,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+            )  # (B, h, S, D/h)
         projected = self.output(attended.transpose(1, 2).flatten(2))  # (B, S, D)
         projected = F.dropout(projected, self.dropout, self.training)
         normalised: Tensor = self.norm(hidden + projected)
@@ -94,6 +98,19 @@ class AttentionBlock(nn.Module):
         """Split (B, S, D) into (B, h, S, D/h)."""
         batch, rows, width = states.shape
         return states.view(batch, rows, self.num_heads, width // self.num_heads).transpose(1, 2)
+
+
+def _attend_from_one(query: Tensor, context: KeysValues, mask: Tensor | None) -> Tensor:
+    """Return (B, h, 1, D/h) for one query (B, h, 1, D/h), as a token of a caption is.
+
+    Written out, for the fused kernel shares one query's keys among the processor's threads: how it
+    rounds would depend on their number, and on B. This costs the same.
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ context.keys.transpose(2, 3)  # (B, h, 1, K)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    attended: Tensor = scores.softmax(dim=-1) @ context.values
+    return attended
 
 
 class FeedForward(nn.Module):

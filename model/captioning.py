@@ -3,7 +3,8 @@
 An image is looked at once. Its keys and values are projected once for each layer, into memory that
 is kept from group to group, and serve all of its captions. Images are taken in groups of one size:
 every matrix product then has the same shape, or loses whole tiles of rows as captions end, and
-neither changes how a row is rounded.
+neither changes how a row is rounded. Tests hold that bit by bit on the CPU, for float32 and any
+number of threads.
 
 Dims: B images, G images of a group, n captions of an image, R = G * n rows, P image tokens,
 L the longest caption with its prompt, h heads, D width.

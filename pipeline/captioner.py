@@ -107,8 +107,10 @@ class Captioner:
     def caption(self, pixels: Tensor, keys: Sequence[str]) -> list[list[GeneratedCaption]]:
         """Return n captions for each of (B, 3, S, S) images; `keys` name their samples.
 
-        In float32 a caption is the same whatever is captioned with it. torch.OutOfMemoryError
-        passes through, and fewer images are then taken at once.
+        In float32 on a CPU a caption is the same whatever is captioned with it: not a bit of its
+        logits depends on that (see `model.captioning`). In bfloat16, and on accelerators, groups
+        have one shape as well, so the same is to be expected, but rounding there is not tested.
+        torch.OutOfMemoryError passes through, and groups are then half as large.
         """
         if len(pixels) != len(keys):
             raise ValueError(f"{len(pixels)} images with {len(keys)} keys")

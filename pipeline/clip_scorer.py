@@ -81,7 +81,11 @@ class ClipScorer:
         """
         distinct = list(dict.fromkeys(text for each in texts for text in each))
         rows = {text: row for row, text in enumerate(distinct)}
-        images, features = self._image_features(pixels), self._text_features(distinct)
+        try:
+            images, features = self._image_features(pixels), self._text_features(distinct)
+        except torch.OutOfMemoryError:
+            self._images_at_once = max(1, self._images_at_once // 2)
+            raise
         return [
             (features[[rows[text] for text in each]] * image).sum(dim=1).tolist()
             for image, each in zip(images, texts, strict=True)

@@ -118,7 +118,7 @@ def test_captions_that_are_over_leave_the_batch_and_the_last_ends_it(captioner):
     ids = decoder.decode(images(decoder.images_at_once), keys(decoder.images_at_once))
     bias.data[END] = before
 
-    lengths = [row.index(END) if END in row else 31 for row in ids.tolist()]
+    lengths = [row.index(END) if END in row else 30 for row in ids.tolist()]
     assert rows[0] == decoder.images_at_once  # the prompt, once an image
     assert rows[1:] == sorted(rows[1:], reverse=True)
     assert len(set(rows[1:])) > 2
@@ -178,6 +178,25 @@ def test_not_a_bit_of_a_logit_depends_on_the_neighbours(wide, each):
         assert torch.equal(part[0], together[0][first:last])
         for alone, among in zip(part[1:], together[1:], strict=True):
             assert torch.equal(alone, among[first * each : last * each])
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_not_a_bit_of_a_logit_depends_on_the_number_of_threads(wide, set_threads, each):
+    pixels, names = images(6, 96), keys(6)
+    set_threads(1)
+    expected = recorded_logits(wide, pixels, names, each)
+    set_threads(2)
+    for alone, among in zip(
+        recorded_logits(wide, pixels[4:], names[4:], each), expected, strict=True
+    ):
+        assert torch.equal(alone, among[-len(alone) :])
 
 
 def test_not_a_bit_of_a_logit_depends_on_who_has_left(wide):
