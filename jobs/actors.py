@@ -171,8 +171,12 @@ class ActorPool:
         """Workers that have a place and are open."""
         return sum(each.opened is not None for each in self.workers)
 
-    def resize(self, wanted: int) -> None:
-        """Make actors that are missing; end those that have long been too many."""
+    def resize(self, wanted: int, *, is_over: bool) -> None:
+        """Make actors that are missing; end those that have long been too many.
+
+        At once when the stage is over. Else a stage that is held back for a moment would lose
+        actors that take longer to start than to be needed again.
+        """
         now = self.clock()
         for _ in range(wanted - len(self.workers)):
             actor = self._class.remote(self.stage)
@@ -183,7 +187,7 @@ class ActorPool:
             return
         if self._surplus_since is None:
             self._surplus_since = now
-        if wanted and now - self._surplus_since < self.idle_seconds:
+        if not is_over and now - self._surplus_since < self.idle_seconds:
             return
         # Those that still wait for a place go first: they would take it from another stage.
         free = sorted(

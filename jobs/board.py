@@ -122,6 +122,11 @@ class Board:
         """Whether nothing is ready and nothing is in flight."""
         return not any(stage.num_open for stage in self.stages)
 
+    def is_over(self, stage: StageBoard) -> bool:
+        """Whether a stage has no shard left to make, nor will get one."""
+        above = self.stages[: self.stages.index(stage)]
+        return not stage.num_open and not any(each.num_open for each in above)
+
     def pause_seconds(self, now: float) -> float:
         """Return how long nothing is to be begun, because storage fails."""
         return max(0.0, self._pause_until - now)

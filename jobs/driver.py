@@ -79,7 +79,8 @@ class _Driver:
         now = self._watching.clock()
         for name, pool in reversed(self._pools.items()):
             stage = self._boards[name]
-            pool.resize(wanted_actors(self._board, stage, self._bounds[name], now))
+            wanted = wanted_actors(self._board, stage, self._bounds[name], now)
+            pool.resize(wanted, is_over=self._board.is_over(stage))
             for worker in pool.idle:
                 task = self._board.take(stage, now) or self._board.take_straggler(stage, now)
                 if task is None:

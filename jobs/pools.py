@@ -66,8 +66,7 @@ def shards_ahead(config: RunConfig, stages: list[str]) -> int:
 
 def wanted_actors(board: Board, stage: StageBoard, bounds: Bounds, now: float) -> int:
     """Return how many actors a stage should have now."""
-    above = board.stages[: board.stages.index(stage)]
-    if not stage.num_open and not any(each.num_open for each in above):
+    if board.is_over(stage):
         return 0
     useful = len(stage.in_flight) + board.can_take(stage) + len(board.stragglers(stage, now))
     return max(bounds.minimum, min(bounds.maximum, useful))

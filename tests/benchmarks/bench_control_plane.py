@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import boto3
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
+from moto.server import ThreadedMotoServer
 
 from jobs.board import Board, StageBoard
 from jobs.catalogue import Catalogue
@@ -39,6 +40,7 @@ from pipeline.record import Counts, FileRecord, ShardRecord
 CHAIN = (("download", "raw"), ("score", "captions"), ("select", "clean"))
 ROWS_PER_SHARD = 10_000
 SOURCE = "web"
+BUCKET = "bench"
 
 
 @dataclass(frozen=True)
@@ -127,18 +129,19 @@ def markers(num_shards: int) -> Iterator[ShardRecord]:
         yield from (raw, scored, record("clean", index, scored.sha256, ("parquet", "tar")))
 
 
-def fill(corpus: Corpus, num_shards: int) -> None:
-    """Write markers, and empty files for what they tell of."""
+def files(num_shards: int) -> Iterator[tuple[str, bytes]]:
+    """Yield each file's path and content: markers as they are, and nothing in the others."""
+    for each in markers(num_shards):
+        yield from ((f"{each.name}.{suffix}", b"") for suffix in each.files)
+        yield f"{each.name}.json", each.to_bytes()
+
+
+def fill(root: str, num_shards: int) -> None:
+    """Write a finished corpus to a local folder."""
     for folder in ("raw", "captions", "clean"):
-        corpus.store.make_folder(f"{folder}/{SOURCE}")
-
-    def write(each: ShardRecord) -> None:
-        for suffix in each.files:
-            corpus.store.fs.pipe_file(corpus.store.full(f"{each.name}.{suffix}"), b"")
-        corpus.store.fs.pipe_file(corpus.store.full(f"{each.name}.json"), each.to_bytes())
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(write, markers(num_shards)))
+        Path(root, folder, SOURCE).mkdir(parents=True)
+    for path, data in files(num_shards):
+        Path(root, path).write_bytes(data)
 
 
 def scan(title: str, corpus: Corpus, num_shards: int) -> None:
@@ -160,16 +163,23 @@ def scan(title: str, corpus: Corpus, num_shards: int) -> None:
     catalogue.save()
 
 
+def serve_s3(num_shards: int) -> None:
+    """Serve a finished corpus by S3's protocol until stdin ends; prints the port."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    backend.create_bucket(BUCKET, "us-east-1")
+    for path, data in files(num_shards):  # over the wire it would take a quarter of an hour
+        backend.put_object(BUCKET, f"corpus/{path}", data)
+    print(server.get_host_and_port()[1], flush=True)
+    sys.stdin.read()
+
+
 @contextmanager
-def s3_server() -> Iterator[dict[str, object]]:
-    """Serve S3 on loopback from another process; gives what a client needs."""
-    program = (
-        "import sys; from moto.server import ThreadedMotoServer\n"
-        "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)\n"
-        "server.start(); print(server.get_host_and_port()[1], flush=True); sys.stdin.read()"
-    )
+def s3_corpus(num_shards: int) -> Iterator[Corpus]:
+    """Give a finished corpus on an S3 server on loopback, in a process of its own."""
     server = subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, __file__, "--serve", str(num_shards)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -180,11 +190,10 @@ def s3_server() -> Iterator[dict[str, object]]:
         "endpoint_url": f"http://127.0.0.1:{int(server.stdout.readline())}",
         "region_name": "us-east-1",
     }
-    boto3.client(
-        "s3", aws_access_key_id="test", aws_secret_access_key="test", **client
-    ).create_bucket(Bucket="bench")
     try:
-        yield {"key": "test", "secret": "test", "client_kwargs": client}
+        yield Corpus(
+            f"s3://{BUCKET}/corpus", {"key": "test", "secret": "test", "client_kwargs": client}
+        )
     finally:
         server.kill()
         server.communicate()
@@ -195,18 +204,19 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=12_900)
     parser.add_argument("--s3-shards", type=int, default=12_900)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve is not None:
+        serve_s3(options.serve)
+        return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
     for num_stages in (1, 3):
         drive(options.shards, num_stages, options.workers)
         gc.collect()
     with tempfile.TemporaryDirectory() as folder:
-        corpus = Corpus(folder)
-        fill(corpus, options.shards)
-        scan("local disk", corpus, options.shards)
-    with s3_server() as client:
-        corpus = Corpus("s3://bench/corpus", client)
-        fill(corpus, options.s3_shards)
+        fill(folder, options.shards)
+        scan("local disk", Corpus(folder), options.shards)
+    with s3_corpus(options.s3_shards) as corpus:
         scan("S3 on loopback, nothing remembered", corpus, options.s3_shards)
         scan("S3 on loopback, as after a run", corpus, options.s3_shards)
 

@@ -69,6 +69,8 @@ class TestOnRay:
             staged -= (note["what"], note["stage"]) == ("made", "score")
             most = max(most, staged)
         assert most <= 3
+        # Those that were held back for a moment were not ended and started again.
+        assert len(box.notes("opened")) <= 4
 
     def test_a_killed_worker_costs_its_own_shard_one_attempt_and_no_other_any(self, box):
         watching = run(box, [box.stage(does={2: ["dies"]})], 8)
