@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 import duckdb
 
 from pipeline.corpus import Corpus
+from pipeline.layout import TEMPORARY
 from pipeline.report.card import croissant, dataset_card
 from pipeline.report.compare import compare as compare_with
 from pipeline.report.gallery import Example, examples
-from pipeline.report.ledgers import Ledgers, Snapshot, SqlLimits
+from pipeline.report.ledgers import CorpusChangedError, Ledgers, Snapshot, SqlLimits
 from pipeline.report.numbers import Json, numbers
 from pipeline.report.page import render
 
@@ -37,8 +38,9 @@ def build_report(
     """Write the report of what is in a corpus now, and return where it is.
 
     Works on any state of a corpus, empty and running ones too, and changes nothing else. `compare`
-    is another corpus to set it against. Each file is replaced at once. Raises OSError, and
-    ValueError for a file of results that cannot be read.
+    is another corpus to set it against. Each file is replaced at once. Raises OSError, ValueError
+    for a file of results that cannot be read, and CorpusChangedError where shards on storage
+    without hard links are replaced all the time.
     """
     found, chosen = _gather(corpus, compare, limits or SqlLimits())
     found_compact = json.dumps(found, ensure_ascii=False, allow_nan=False, sort_keys=True)
@@ -50,23 +52,33 @@ def build_report(
     )
 
 
-def _gather(
-    corpus: Corpus, compare: Corpus | None, limits: SqlLimits
-) -> tuple[Json, list[Example]]:
-    for round_number in range(1, _MAX_ROUNDS + 1):
+def _gather(corpus: Corpus, other: Corpus | None, limits: SqlLimits) -> tuple[Json, list[Example]]:
+    """Return numbers and examples of one moment, which a running job may make take some rounds."""
+    store = corpus.store
+    store.make_folder(FOLDER)
+    for name in store.list(FOLDER).folders:
+        if name.startswith(TEMPORARY):
+            store.remove_folder(f"{FOLDER}/{name}")  # unless a living report has it
+    for _ in range(_MAX_ROUNDS):
         snapshot = Snapshot.take(corpus)
         try:
-            with Ledgers.open(corpus, snapshot, limits) as ledgers:
-                found = numbers(corpus, ledgers, datetime.now(UTC))
-                chosen = examples(corpus, ledgers)
-            if compare is not None:
-                found["comparison"] = compare_with(corpus, compare, limits)
-            return found, chosen
-        except (duckdb.IOException, FileNotFoundError) as error:
-            if round_number == _MAX_ROUNDS:
+            with store.scratch(FOLDER, "ledgers") as folder:
+                pinned = snapshot.pinned(f"{folder}/own")
+                with Ledgers.open(corpus, pinned, limits) as ledgers:
+                    found = numbers(corpus, ledgers, datetime.now(UTC))
+                    chosen = examples(corpus, ledgers)
+                    if other is not None:
+                        found["comparison"] = compare_with(ledgers, other, f"{folder}/other")
+        except (duckdb.Error, OSError, CorpusChangedError) as error:
+            if not snapshot.has_changed(corpus):
                 raise
             _log.info("the corpus changed while it was read (%s); looking again", error)
-    raise AssertionError("the last round returns or raises")
+            continue
+        if pinned.is_pinned or not snapshot.has_changed(corpus):
+            return found, chosen
+    raise CorpusChangedError(
+        f"{corpus.root}: its shards keep being replaced; report again when the job is through"
+    )
 
 
 def write_file(corpus: Corpus, name: str, text: str) -> str:

@@ -18,7 +18,7 @@ from pipeline.image_decode import Pixels, decode
 from pipeline.image_header import read_header
 from pipeline.report.build import write_file
 from pipeline.report.gallery import spread
-from pipeline.report.ledgers import Ledgers, Row, Snapshot, SqlLimits, url_of
+from pipeline.report.ledgers import Ledgers, Row, Snapshot, SqlLimits
 from pipeline.report.scores import FINE, SCORES
 from pipeline.report.thumbnails import images_of
 from pipeline.sample import SampleError, canonical_json
@@ -218,7 +218,7 @@ def _shuffled_pairs(
         if record is None:
             continue
         table = f"pairs_{number}"
-        ledgers.add_table(table, "captions", [url_of(corpus, shard.ledger_path)])
+        ledgers.add_table(table, "captions", [shard.url])
         rows = ledgers.rows(_PAIRS_SQL.format(table=table, rows=each))
         images = images_of(corpus, record, [row[0] for row in rows])
         for start in range(0, len(rows), config.batch_size):

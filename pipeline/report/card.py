@@ -206,9 +206,9 @@ def _context() -> dict[str, Any]:
     """Return the vocabulary that Croissant 1.0 prescribes word for word."""
     cr = "http://mlcommons.org/croissant/"
     terms = (
-        "citeAs column conformsTo extract field fileProperty fileObject fileSet format includes "
-        "isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated "
-        "replace separator source subField transform"
+        "citeAs column conformsTo equivalentProperty extract field fileProperty fileObject fileSet "
+        "format includes isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated "
+        "replace samplingRate separator source subField transform"
     )
     return {
         "@language": "en",

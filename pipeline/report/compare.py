@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.corpus import Corpus
 from pipeline.layout import STAGES
-from pipeline.report.ledgers import Ledgers, Row, Snapshot, SqlLimits, url_of
+from pipeline.report.ledgers import Ledgers, Row, Snapshot
 from pipeline.sample import Origin
 
 Z = 1.959964  # of a 95% interval
@@ -70,16 +70,18 @@ class Measure:
     high: float | None = None
 
 
-def compare(corpus: Corpus, other: Corpus, limits: SqlLimits) -> dict[str, Any]:
-    """Return how a corpus (A) differs from another (B), and which samples moved between them."""
-    snapshot = Snapshot.take(other)
-    with Ledgers.open(corpus, Snapshot.take(corpus), limits) as ledgers:
-        ledgers.register(other)
-        for stage in STAGES:
-            paths = [url_of(other, shard.ledger_path) for shard in snapshot.shards[stage]]
-            ledgers.add_table(f"other_{stage}", stage, paths)
-        moves = _moves(ledgers)
-        found = [asdict(measure) for measure in _measures(ledgers, moves)]
+def compare(ledgers: Ledgers, other: Corpus, folder: str) -> dict[str, Any]:
+    """Return how a corpus (A) differs from another (B), and which samples moved between them.
+
+    `folder` is a local one, for links to the other's ledgers.
+    """
+    snapshot = Snapshot.take(other).pinned(folder)
+    ledgers.register(other)
+    for stage in STAGES:
+        urls = [shard.url for shard in snapshot.shards[stage]]
+        ledgers.add_table(f"other_{stage}", stage, urls)
+    moves = _moves(ledgers)
+    found = [asdict(measure) for measure in _measures(ledgers, moves)]
     return {"other": other.root, "measures": found, "moves": moves if moves["common"] else None}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.corpus import Corpus
 from pipeline.record import ShardRecord
 from pipeline.report import thumbnails
-from pipeline.report.ledgers import Ledgers, Shard, url_of
+from pipeline.report.ledgers import Ledgers, Shard
 from pipeline.sample import Origin
 
 MAX_SHARDS = 10
@@ -87,7 +87,7 @@ def examples(corpus: Corpus, ledgers: Ledgers) -> list[Example]:
     thresholds = {r.fingerprint: itm_threshold(r.stats) for r in snapshot.records(stage)}
     for number, shard in enumerate(shards):
         table = f"examples_{number}"
-        ledgers.add_table(table, stage, [url_of(corpus, shard.ledger_path)])
+        ledgers.add_table(table, stage, [shard.url])
         rows = ledgers.rows(_SQL[stage].format(table=table, rows=_ROWS_PER_SHARD))
         threshold = thresholds[shard.record.fingerprint]
         found += [_example(row, shard.record, stage, threshold) for row in rows]

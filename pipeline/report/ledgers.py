@@ -4,10 +4,12 @@ A snapshot of the committed shards is taken once, so that a report of a running 
 moment. A stage that is not there yet is a table without rows.
 """
 
+import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +21,7 @@ from pipeline.layout import MARKER, STAGES, final_name
 from pipeline.record import ShardRecord
 
 Row = tuple[Any, ...]
+_log = logging.getLogger(__name__)
 _CAPTION = (
     "STRUCT(text VARCHAR, origin VARCHAR, index INTEGER, itm FLOAT, itc FLOAT, clip FLOAT, "
     "verdict VARCHAR, reason VARCHAR)[]"
@@ -75,21 +78,27 @@ class Shard:
     """A committed shard, where its ledger is, and when it was committed (None if unknown)."""
 
     record: ShardRecord
-    ledger_path: str
+    url: str
     committed_at: datetime | None
+
+
+class CorpusChangedError(Exception):
+    """Shards were replaced while they were read."""
 
 
 @dataclass(slots=True)
 class Snapshot:
     """The shards of each stage at one moment, by source and index; what could not be read."""
 
+    is_local: bool = False
+    is_pinned: bool = False
     shards: dict[str, list[Shard]] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)  # markers, as paths below the root
 
     @classmethod
     def take(cls, corpus: Corpus) -> "Snapshot":
         """List a corpus; each source's folder is listed once for names and once for times."""
-        snapshot = cls()
+        snapshot = cls(is_local=corpus.store.is_local)
         for stage in STAGES:
             shards = snapshot.shards[stage] = []
             for source in corpus.sources(stage):
@@ -99,13 +108,49 @@ class Snapshot:
                     snapshot.damaged.append(f"{folder.path}/{final_name(index, MARKER)}")
                 for index, record in sorted(folder.records.items()):
                     if "parquet" in record.files:
-                        path = _ledger_path(record, folder.sizes)
-                        shards.append(Shard(record, path, times.get(final_name(index, MARKER))))
+                        url = _url(corpus, _ledger_path(record, folder.sizes))
+                        shards.append(Shard(record, url, times.get(final_name(index, MARKER))))
         return snapshot
+
+    def pinned(self, folder: str) -> "Snapshot":
+        """Return the snapshot with hard links in a local folder, which outlive any replacement.
+
+        Where there can be none the snapshot itself. Raises CorpusChangedError if it is too late.
+        """
+        if not self.is_local:
+            return self
+        os.makedirs(folder, exist_ok=True)
+        pinned = Snapshot(is_local=True, is_pinned=True, damaged=self.damaged)
+        try:
+            for stage, shards in self.shards.items():
+                pinned.shards[stage] = [_link(shard, folder) for shard in shards]
+        except FileNotFoundError as error:
+            raise CorpusChangedError(str(error)) from error
+        except OSError as error:
+            _log.debug("no hard links in %s (%s); going on without", folder, error)
+            return self
+        return pinned
+
+    def has_changed(self, corpus: Corpus) -> bool:
+        """Say whether any of these shards has been replaced or removed since."""
+        now = Snapshot.take(corpus)
+        return any(
+            {r.name: r.sha256 for r in self.records(stage)}.items()
+            - {r.name: r.sha256 for r in now.records(stage)}.items()
+            for stage in STAGES
+        )
 
     def records(self, stage: str) -> list[ShardRecord]:
         """Return a stage's markers."""
         return [shard.record for shard in self.shards[stage]]
+
+
+def _link(shard: Shard, folder: str) -> Shard:
+    link = f"{folder}/{shard.record.name.replace('/', '-')}.parquet"
+    os.link(shard.url, link)
+    if os.path.getsize(link) != shard.record.files["parquet"].bytes:
+        raise CorpusChangedError(f"{shard.record.name} was replaced while it was opened")
+    return replace(shard, url=link)
 
 
 def _ledger_path(record: ShardRecord, sizes: Mapping[str, int]) -> str:
@@ -163,7 +208,7 @@ class Ledgers:
                 ledgers = cls(connection, snapshot)
                 ledgers.register(corpus)
                 for stage, shards in snapshot.shards.items():
-                    ledgers.add_table(stage, stage, [url_of(corpus, s.ledger_path) for s in shards])
+                    ledgers.add_table(stage, stage, [shard.url for shard in shards])
                 yield ledgers
 
     def register(self, corpus: Corpus) -> None:
@@ -199,7 +244,7 @@ class Ledgers:
         self._connection.execute(sql, list(parameters))
 
 
-def url_of(corpus: Corpus, path: str) -> str:
+def _url(corpus: Corpus, path: str) -> str:
     """Return where a path below the root is, as the SQL engine opens it."""
     full = corpus.store.full(path)
     return full if corpus.store.is_local else str(corpus.store.fs.unstrip_protocol(full))

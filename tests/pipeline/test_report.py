@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -143,6 +145,8 @@ def test_results_that_are_no_json_are_named(tmp_path):
 
 def test_the_same_corpus_gives_the_same_page_but_for_the_moment(tmp_path):
     corpus, _ = build(tmp_path, {"cc3m": [40, 40], "sbu": [30]}, texts=HOSTILE)
+    for path in tmp_path.rglob("*.json"):
+        os.utime(path, (1_700_000_000, 1_700_000_000))  # so that no shard is of the same moment
     pages = []
     for _ in range(2):
         found = report_of(corpus)
@@ -193,6 +197,62 @@ def test_a_shard_in_the_middle_of_a_commit_is_read_under_its_staging_name(tmp_pa
     staged = f"00000.parquet.{record.files['parquet'].sha256[:16]}"
     os.rename(tmp_path / "raw/cc3m/00000.parquet", tmp_path / "raw/cc3m" / staged)
     assert report_of(corpus)["headline"]["rows_in"] == 8
+
+
+REPLACER = """
+import sys
+sys.path.insert(0, {tests!r})
+from report_corpora import Maker, commit, drawing
+from pipeline.corpus import Corpus
+corpus, number = Corpus({root!r}), 0
+while True:
+    number += 1
+    for index in range(4):
+        record = corpus.record("raw", "busy", index)
+        maker = Maker(number)
+        rows = [maker.raw_row("busy", f"{{index:05d}}{{n:04d}}", "web") for n in range(20)]
+        images = {{r["key"]: drawing(1) for r in rows if r["verdict"] == "kept"}}
+        commit(corpus, ("raw", "busy", index), rows, images=images, replace=record)
+        print(number, flush=True)
+"""
+
+
+def test_a_running_job_that_replaces_its_shards_is_reported_on(tmp_path):
+    program = REPLACER.format(tests=str(Path(__file__).parent), root=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as job:
+        try:
+            for _ in range(4):
+                job.stdout.readline()
+            for _ in range(6):
+                found = report_of(Corpus(str(tmp_path)))
+                total = found["funnel"]["total"]["raw"]
+                assert total["rows"] == found["stages"]["raw"]["rows"] == 80
+                assert (
+                    total["kept"] + sum(n for v in ("dropped", "failed") for n in total[v].values())
+                    == 80
+                )
+            assert job.poll() is None
+        finally:
+            job.kill()
+
+
+def test_shards_that_were_replaced_since_are_noticed_and_links_still_hold_the_old_ones(tmp_path):
+    corpus, _ = build(tmp_path / "corpus", {"cc3m": [10]}, stages=1)
+    snapshot = Snapshot.take(corpus)
+    pinned = snapshot.pinned(str(tmp_path / "links"))
+    assert not snapshot.has_changed(corpus)
+    rows = lost_rows("cc3m", 3)
+    commit(corpus, ("raw", "cc3m", 0), rows, replace=corpus.record("raw", "cc3m", 0))
+    assert snapshot.has_changed(corpus)
+    with Ledgers.open(corpus, pinned) as ledgers:
+        assert ledgers.row("SELECT count(*) FROM raw") == (10,)
+
+
+def test_what_a_killed_report_left_is_removed_by_the_next(tmp_path):
+    corpus, _ = build(tmp_path, {"cc3m": [3]})
+    (tmp_path / "report/.ledgers.dead").mkdir(parents=True)
+    build_report(corpus)
+    assert not (tmp_path / "report/.ledgers.dead").exists()
 
 
 # The gallery.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import tempfile
 from collections import Counter
 from statistics import fmean, variance
 from types import SimpleNamespace
@@ -22,8 +23,9 @@ from pipeline.report.calibrate import (
     calibrate,
     calibration_of,
 )
-from pipeline.report.compare import Z, compare, mean, paired_share, share
-from pipeline.report.ledgers import SqlLimits
+from pipeline.report.compare import Z, mean, paired_share, share
+from pipeline.report.compare import compare as compare_ledgers
+from pipeline.report.ledgers import Ledgers, Snapshot
 
 SHAPE = {"laion": [80, 60], "coco": [20]}
 
@@ -38,10 +40,15 @@ def pair(tmp_path_factory):
     )
 
 
+def compare(a, b):
+    with tempfile.TemporaryDirectory() as folder, Ledgers.open(a, Snapshot.take(a)) as ledgers:
+        return compare_ledgers(ledgers, b, folder)
+
+
 @pytest.fixture(scope="module")
 def compared(pair):
     (a, _), (b, _) = pair
-    return compare(a, b, SqlLimits())
+    return compare(a, b)
 
 
 def measure_of(compared, name):
@@ -109,7 +116,7 @@ def test_a_comparison_is_on_the_page_and_hostile_captions_are_text(pair):
 def test_corpora_without_common_rows_are_compared_by_shares(pair, tmp_path):
     (a, made), _ = pair
     other, other_made = build(tmp_path, {"cc3m": [50]})
-    found = compare(a, other, SqlLimits())
+    found = compare(a, other)
     assert found["moves"] is None
     kept = measure_of(found, "samples kept")
     for side, rows in (("a", made["clean"]), ("b", other_made["clean"])):
@@ -121,13 +128,13 @@ def test_corpora_without_common_rows_are_compared_by_shares(pair, tmp_path):
 def test_rows_of_the_same_key_but_another_url_are_not_the_same(pair, tmp_path):
     (a, _), _ = pair
     other, _ = build(tmp_path, SHAPE, seed="another list")
-    moves = compare(a, other, SqlLimits())["moves"]
+    moves = compare(a, other)["moves"]
     assert moves is None or moves["common"] < sum(map(sum, SHAPE.values()))
 
 
 def test_a_corpus_is_compared_with_one_that_is_empty(pair, tmp_path):
     (a, _), _ = pair
-    found = compare(a, Corpus(str(tmp_path)), SqlLimits())
+    found = compare(a, Corpus(str(tmp_path)))
     assert found["moves"] is None
     assert all(m["low"] is None for m in found["measures"])
 
