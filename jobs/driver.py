@@ -17,12 +17,13 @@ from jobs.board import Board, StageBoard
 from jobs.errors import RunError, UserError
 from jobs.pools import Bounds, bounds_of, resources_of, wanted_actors
 from jobs.problems import Kind, Problem
-from jobs.ray_start import RayPlace
+from jobs.ray_start import RayPlace, draining_nodes
 from jobs.run_config import RunConfig
 from jobs.stages.stage import Made, Stage
 from jobs.watching import Watching
 
 _TICK_SECONDS = 0.5
+_SECONDS_BETWEEN_LOOKS = 2.0  # for nodes that have announced their end
 _MAX_STILLBORN = 5
 _MAX_MESSAGE_CHARS = 300
 
@@ -66,6 +67,8 @@ class _Driver:
         self._watching = watching
         self._boards = {each.name: each for each in board.stages}
         self._bounds: dict[str, Bounds] = {}
+        self._draining = draining_nodes()
+        self._looked_at = watching.clock()
         self._pools: dict[str, ActorPool] = {}
         for stage in stages:
             resources = resources_of(
@@ -82,10 +85,19 @@ class _Driver:
             wanted = wanted_actors(self._board, stage, self._bounds[name], now)
             pool.resize(wanted, is_over=self._board.is_over(stage))
             for worker in pool.idle:
+                if self._is_on_doomed_node(worker):
+                    pool.bury(worker)
+                    continue
                 task = self._board.take(stage, now) or self._board.take_straggler(stage, now)
                 if task is None:
                     break
                 pool.give(worker, task)
+
+    def _is_on_doomed_node(self, worker: Worker) -> bool:
+        now = self._watching.clock()
+        if now - self._looked_at >= _SECONDS_BETWEEN_LOOKS:
+            self._looked_at, self._draining = now, draining_nodes()
+        return worker.opened is not None and worker.opened.node in self._draining
 
     def collect(self, seconds: float = _TICK_SECONDS) -> None:
         """Wait until something comes back, and note whatever has."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray._private.state import state
 
 from jobs.errors import UserError
 from jobs.pools import bounds_of, pool_of
@@ -43,6 +44,14 @@ def ray_place(config: RunConfig, stages: list[str], address: str | None) -> Iter
         yield _place(is_own=address is None)
     finally:
         ray.shutdown()
+
+
+def draining_nodes() -> frozenset[str]:
+    """Return the nodes that have announced their end, as spot nodes do; Ray places nothing there.
+
+    Ray has no public call for this; what its own libraries use is pinned with its version.
+    """
+    return frozenset(state.get_draining_nodes())
 
 
 def _start(config: RunConfig, stages: list[str]) -> None:

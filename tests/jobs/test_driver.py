@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 import pytest
+import ray
 from ray_box import by_value, ray_cluster
 from small_stages import Box
 
@@ -61,7 +62,7 @@ class TestOnRay:
         assert min(began) < max(downloaded)
 
     def test_no_more_shards_are_staged_than_allowed(self, box):
-        config = TWO.model_copy(update={"max_shards_ahead": 3})
+        config = TWO.model_copy(update={"max_shards_ahead": 3, "idle_seconds": 30.0})
         run(box, [box.stage(0), box.stage(1, seconds=0.1)], 12, config)
         staged = most = 0
         for note in box.notes():
@@ -243,6 +244,29 @@ def test_a_dead_node_costs_the_shards_it_held_one_attempt(cluster, box):
     assert box.shards() == list(range(16))
     assert max(attempts(box).values()) == 2
     assert sum(attempts(box).values()) <= 16 + 3
+
+
+def test_a_node_that_announces_its_end_gets_no_more_shards_and_loses_none(cluster, box):
+    node = cluster.add_node(num_cpus=4, resources={"spot": 4})
+    spare = cluster.add_node(num_cpus=4, resources={"spot": 4})
+    config = RunConfig(workers=2, download=PoolConfig(resources={"spot": 1}), idle_seconds=1)
+    announced = []
+
+    def should_stop():
+        if not announced and len(box.notes("made")) >= 3:
+            client = ray._private.worker.global_worker.gcs_client
+            client.drain_node(node.node_id, 2, "spot node is taken back", 0)
+            announced.append(time.time())
+        return False
+
+    try:
+        run(box, [box.stage(seconds=0.3)], 30, config, should_stop=should_stop)
+    finally:
+        for each in (node, spare):
+            cluster.remove_node(each, allow_graceful=True)
+    assert attempts(box) == dict.fromkeys(range(30), 1)
+    last = max([n["at"] for n in box.notes("began") if n["node"] == node.node_id], default=0.0)
+    assert last < announced[0] + 10  # the driver looks every other second
 
 
 @pytest.mark.parametrize("engine", ["ray", "local"])
