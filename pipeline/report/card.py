@@ -207,8 +207,8 @@ def _context() -> dict[str, Any]:
     cr = "http://mlcommons.org/croissant/"
     terms = (
         "citeAs column conformsTo equivalentProperty extract field fileProperty fileObject fileSet "
-        "format includes isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated "
-        "replace samplingRate separator source subField transform"
+        "format includes isLiveDataset jsonPath key md5 parentField path recordSet references "
+        "regex repeated replace samplingRate separator source subField transform"
     )
     return {
         "@language": "en",
