@@ -75,6 +75,7 @@ class Workshop:
     job: TrainingJob
     store: Store
     tokenizer: TextTokenizer
+    global_batch_size: int
     micro_batch_size: int
     contrast_size: int  # pairs of all ranks that go through the model together
     image_dtype: torch.dtype  # of a frozen image encoder
@@ -205,6 +206,7 @@ def _part_of(begun: Beginning, name: str) -> Path:
 def _med(shop: Workshop, model: MedPretraining, origins: dict[str, str]) -> Built:
     model.image_encoder.freeze(shop.job.section.num_frozen_layers)
     model.reset_momentum()
+    model.queue.require_divisible(shop.global_batch_size)
     objective = MedObjective(
         model,
         shop.tokenizer,

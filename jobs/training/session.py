@@ -132,6 +132,7 @@ def open_session(job: TrainingJob, context: TrainContext, stack: ExitStack) -> S
         job=job,
         store=store,
         tokenizer=tokenizer,
+        global_batch_size=plan.global_batch_size,
         micro_batch_size=pieces.size,
         contrast_size=pieces.size * context.world_size,
         image_dtype=precision.dtype,
