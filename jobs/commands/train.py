@@ -13,6 +13,7 @@ from jobs.commands.options import (
     DryRun,
     Overrides,
     RecipeFile,
+    Root,
     as_typed,
 )
 from jobs.errors import UserError
@@ -62,6 +63,55 @@ def pretrain(
         typer.echo(f"stopped; the checkpoint is written, to go on:\n  {again}", err=True)
         raise typer.Exit(SOME_FAILED)
     typer.echo(_summary(job, card, as_json))
+
+
+@commands.command(
+    rich_help_panel=TRAIN, epilog="Example: capfilt evaluate cc3m.yaml --stage stage1"
+)
+def evaluate(
+    recipe: RecipeFile, stage: StageName, sets: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Measure a trained stage on the held-out source: retrieval and captions."""
+    from jobs.evaluate import evaluate as measure
+    from jobs.recipe import load_recipe
+
+    done = measure(load_recipe(recipe, sets or ()), _stage(stage))
+    typer.echo(json.dumps(done.to_json(), indent=2) if as_json else done.text())
+
+
+@commands.command(rich_help_panel=TRAIN, epilog="Example: capfilt ablate cc3m.yaml")
+def ablate(recipe: RecipeFile, sets: Overrides = None, as_json: AsJson = False) -> None:
+    """Prove that cleaning helps: train the same model on web, filtered, captioned and CapFilt."""
+    from jobs.ablate import ablate as prove
+    from jobs.recipe import load_recipe
+    from jobs.stop import stop_on_signals
+
+    loaded = load_recipe(recipe, sets or ())
+    with stop_on_signals() as should_stop:
+        done = prove(loaded.model_copy(update={"root": _absolute(loaded.root)}), should_stop)
+    if done is None:
+        again = as_typed("ablate", recipe, sets)
+        typer.echo(f"stopped; what is trained is kept, to go on:\n  {again}", err=True)
+        raise typer.Exit(SOME_FAILED)
+    typer.echo(json.dumps(done.to_json(), indent=2) if as_json else done.text())
+
+
+@commands.command(
+    rich_help_panel=TRAIN, epilog="Example: capfilt export cc3m-corpus --stage stage1 --out qformer"
+)
+def export(
+    root: Root,
+    stage: StageName,
+    out: Annotated[Path, typer.Option(help="A new folder to write.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="'hf' or 'lavis'.")] = "hf",
+) -> None:
+    """Write a trained stage as transformers or LAVIS load it, with a model card."""
+    from jobs.export import export as write
+
+    if to not in ("hf", "lavis"):
+        raise UserError(f"--to {to}: neither 'hf' nor 'lavis'")
+    names = write(root, _stage(stage), out, "hf" if to == "hf" else "lavis")
+    typer.echo("\n".join(f"{out}/{name}" for name in names))
 
 
 def _stage(name: str) -> Stage:

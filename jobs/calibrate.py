@@ -1,0 +1,72 @@
+"""`capfilt calibrate`: how well the corpus's scores tell right captions from wrong ones."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pyarrow.csv
+import pyarrow.parquet
+
+from jobs.corpus_root import open_corpus
+from jobs.errors import UserError
+from jobs.recipe import Recipe
+from jobs.trained import found_model
+from pipeline.models import ModelError
+from pipeline.report.calibrate import Calibration, CalibrationConfig, LabelledPair, calibrate
+from pipeline.scorer import Scorer
+
+_COLUMNS = ("source", "key", "origin", "index", "is_match")
+
+
+def calibrate_corpus(
+    recipe: Recipe, labels: str | None, config: CalibrationConfig, *, is_shuffled: bool = True
+) -> Calibration:
+    """Score captions of the corpus with images that they do not belong to, and compare.
+
+    `labels` is a table of looked-at captions besides (CSV or Parquet, columns source, key, origin,
+    index, is_match). Without `is_shuffled` they alone are used, and no model is loaded. Raises
+    UserError.
+    """
+    pairs = read_labels(labels) if labels else None
+    corpus = open_corpus(recipe.root)
+    with ExitStack() as stack:
+        scorer = None
+        if is_shuffled:
+            if recipe.scorer is None:
+                raise UserError("the recipe has no `scorer`, by which shuffled pairs are scored")
+            models = recipe.scorer
+            if models.filter is not None:
+                own = stack.enter_context(found_model(models.filter, recipe.root, "filter"))
+                models = models.model_copy(update={"filter": own})
+            try:
+                scorer = Scorer.load(models)
+            except ModelError as error:
+                raise UserError(str(error)) from error
+        try:
+            return calibrate(corpus, pairs, scorer=scorer, config=config)
+        except ValueError as error:
+            raise UserError(f"{corpus.root}: {error}") from error
+
+
+def read_labels(path: str) -> Sequence[LabelledPair]:
+    """Return the labelled captions of a CSV or Parquet table. Raises UserError."""
+    try:
+        if Path(path).suffix == ".parquet":
+            table = pyarrow.parquet.read_table(path, columns=list(_COLUMNS))
+        else:
+            options = pyarrow.csv.ConvertOptions(column_types={"key": "string", "source": "string"})
+            table = pyarrow.csv.read_csv(path, convert_options=options).select(list(_COLUMNS))
+        return [
+            LabelledPair(
+                source=row["source"],
+                key=row["key"],
+                origin=row["origin"],
+                index=int(row["index"]),
+                is_match=bool(row["is_match"]),
+            )
+            for row in table.to_pylist()
+        ]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: no table of labels with the columns {', '.join(_COLUMNS)}: {error}"
+        ) from error
