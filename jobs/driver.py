@@ -5,6 +5,7 @@ board, and whatever is lost with an actor, a node or the driver itself is found 
 again.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ from jobs.run_config import RunConfig
 from jobs.stages.stage import Made, Stage
 from jobs.watching import Watching
 
+_log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.5
 _SECONDS_BETWEEN_LOOKS = 2.0  # for nodes that have announced their end
 _MAX_STILLBORN = 5
@@ -116,10 +118,21 @@ class _Driver:
     def drain(self, seconds: float) -> None:
         """Let shards in flight finish, for a while; nothing new is begun."""
         deadline = self._watching.clock() + seconds
-        while any(worker.task for pool in self._pools.values() for worker in pool.workers):
+        if num_busy := self._num_busy():
+            _log.warning(
+                "stopping: %d shards in flight may finish, for up to %.0f s; asked again, it ends "
+                "at once and they are made by the next run",
+                num_busy,
+                seconds,
+            )
+        while self._num_busy():
             if self._watching.clock() >= deadline:
                 break
             self.collect()
+
+    def _num_busy(self) -> int:
+        pools = self._pools.values()
+        return sum(worker.task is not None for pool in pools for worker in pool.workers)
 
     def end(self) -> None:
         """End every actor; what one was making is not committed, or was."""

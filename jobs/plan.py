@@ -7,6 +7,7 @@ from typing import Any
 
 from jobs.catalogue import Catalogue
 from jobs.corpus_root import open_corpus
+from jobs.durable import count_shards
 from jobs.errors import UserError
 from jobs.recipe import Recipe, dump_recipe
 from jobs.stages.stage import Commit
@@ -66,6 +67,22 @@ def _lines(recipe: Recipe, corpus: Corpus, plans: list[SourcePlan]) -> Iterator[
             f"shards of up to {recipe.download.rows_per_shard:,}, {len(plan.done):,} of them done"
             f" -> {STAGE}/{plan.config.name}/"
         )
+    for name, folder in _later_stages(recipe):
+        counts = count_shards(corpus, folder)
+        for plan in plans:
+            source, num_done = plan.config.name, counts.get(plan.config.name, 0)
+            yield (
+                f"# {name} {source}: {len(plan.shards):,} shards, {num_done:,} of them done"
+                f" -> {folder}/{source}/"
+            )
+
+
+def _later_stages(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield name and folder of each stage that the recipe asks for behind the download."""
+    if recipe.captioner or recipe.scorer or recipe.select:
+        yield "score", "captions"
+    if recipe.select:
+        yield "select", "clean"
 
 
 def _to_json(recipe: Recipe, corpus: Corpus, plans: list[SourcePlan]) -> dict[str, Any]:
@@ -78,6 +95,19 @@ def _to_json(recipe: Recipe, corpus: Corpus, plans: list[SourcePlan]) -> dict[st
             "shards_done": len(plan.done),
             "writes_to": f"{corpus.root}/{STAGE}/{plan.config.name}",
         }
+        for plan in plans
+    ]
+    stages += [
+        {
+            "stage": name,
+            "source": plan.config.name,
+            "rows": plan.num_records,
+            "shards": len(plan.shards),
+            "shards_done": counts.get(plan.config.name, 0),
+            "writes_to": f"{corpus.root}/{folder}/{plan.config.name}",
+        }
+        for name, folder in _later_stages(recipe)
+        for counts in [count_shards(corpus, folder)]
         for plan in plans
     ]
     return {"recipe": recipe.model_dump(mode="json"), "root": corpus.root, "stages": stages}

@@ -69,8 +69,9 @@ class RunConfig(BaseModel):
     """But never before it has run so long."""
     storage_patience_seconds: _Seconds = 900.0
     """How long storage may fail every request before the run gives up."""
-    drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
-    """How long shards in flight may take to finish when a run on Ray is asked to stop."""
+    drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
+    """How long shards in flight may take to finish when a run on Ray is asked to stop; asked a
+    second time, it ends at once."""
     heartbeat_seconds: _Seconds = 10.0
     """How often the run's status is written to the corpus."""
     stale_seconds: _Seconds = 60.0

@@ -61,10 +61,12 @@ class RunSummary:
             for stage in watching.working
             for key, failure in stage.failures.items()
         }
+        outcome = watching.download  # whose times are summed over workers
+        outcome.elapsed_seconds = min(outcome.elapsed_seconds, watching.elapsed_seconds)
         return cls(
             stages=stages,
             failures=failures,
-            outcome=watching.download,
+            outcome=outcome,
             bugs=dict(watching.bugs.counts),
             warnings=tuple(watching.warnings),
             is_stopped=watching.is_stopped,

@@ -1,6 +1,7 @@
 """How a run goes, told to the terminal and to the corpus: one account of each stage."""
 
 import logging
+import re
 import sys
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ _log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_TELLINGS = 1.0
 _SECONDS_BETWEEN_CATALOGUES = 300.0
 _FAILURES_TOLD = 100
+_FIGURES = re.compile(r"[\d.,%]+")
+_KIND_CHARS = 40
 
 
 @dataclass
@@ -80,6 +83,11 @@ class Watching:
         """The stages that this run works at."""
         return [stage for stage in self.board.stages if not stage.is_given]
 
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the run began to make shards."""
+        return self.clock() - self._started_at
+
     def wants_to_stop(self) -> bool:
         """Say whether the run is to stop: it was asked to, or another driver has taken over."""
         return self.should_stop() or self.heart.is_lost
@@ -128,11 +136,11 @@ class Watching:
         account.live_rows = account.live_kept = 0
 
     def warn(self, warning: str | None) -> None:
-        """Say a warning, once for each beginning (up to its first colon and figure)."""
+        """Say a warning once, however its figures change."""
         if warning is None:
             return
-        stage = warning.partition(":")[0]
-        if not any(said.startswith(f"{stage}:") for said in self.warnings):
+        kind = _FIGURES.sub("", warning)[:_KIND_CHARS]
+        if kind not in {_FIGURES.sub("", said)[:_KIND_CHARS] for said in self.warnings}:
             _log.warning("%s", warning)
             self.warnings.append(warning)
 
