@@ -54,10 +54,18 @@ _LENGTHS_SQL = "SELECT origin, length(text)::INTEGER, count(*) FROM texts GROUP 
 # What is left of captions that differ in case, spaces and punctuation alone; 64 bits of its hash
 # stand for it.
 _PLAIN = r"regexp_replace(lower(text), '[^\p{L}\p{M}\p{N}]+', '', 'g')"
-_REPEATS_SQL = """
+_REPEATS_SQL = f"""
     CREATE OR REPLACE TEMP TABLE repeats AS
-    SELECT origin, hash({plain}) AS plain, count(*) AS n, min(left(text, {chars})) AS example
-    FROM texts WHERE {part} GROUP BY ALL
+    SELECT origin, hash({_PLAIN}) AS plain, count(*) AS n, min(place) AS place
+    FROM texts GROUP BY ALL
+"""
+# One caption of each of the commonest; they are found again by their place, which is cheap to have.
+_COMMONEST_SQL = """
+    WITH commonest AS (
+        SELECT place, n FROM repeats WHERE origin = ? AND n > 1 ORDER BY n DESC, place LIMIT ?
+    )
+    SELECT min(left(text, ?)), any_value(n) FROM texts JOIN commonest USING (place)
+    WHERE origin = ? GROUP BY place ORDER BY 2 DESC, 1
 """
 _SAMPLE_SQL = r"""
     CREATE OR REPLACE TEMP TABLE sample AS
@@ -105,18 +113,14 @@ def texts(ledgers: Ledgers) -> dict[str, Any]:
 
 def _repeats(ledgers: Ledgers) -> dict[str, Any]:
     """Return how many captions are near-identical to another of the same origin, and the worst."""
-    ledgers.execute(_REPEATS_SQL.format(plain=_PLAIN, chars=MAX_REPEATED_CHARS, part="true"))
+    ledgers.execute(_REPEATS_SQL)
     totals = ledgers.rows(
         "SELECT origin, sum(n)::BIGINT, count(*), coalesce(sum(n) FILTER (n > 1), 0)::BIGINT "
         "FROM repeats GROUP BY ALL"
     )
     found = {}
     for origin, captions, distinct, shared in totals:
-        worst = ledgers.rows(
-            "SELECT example, n FROM repeats WHERE origin = ? AND n > 1 ORDER BY n DESC, example "
-            "LIMIT ?",
-            [origin, NUM_REPEATED],
-        )
+        worst = ledgers.rows(_COMMONEST_SQL, [origin, NUM_REPEATED, MAX_REPEATED_CHARS, origin])
         found[origin] = {
             "captions": captions,
             "distinct": distinct,

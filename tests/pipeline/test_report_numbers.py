@@ -268,16 +268,20 @@ def recount_repeats(captions):
     plain = {}
     for text in captions:
         plain.setdefault("".join(c for c in lower(text) if is_wordly(c)), []).append(text)
-    shared = {min(t[:120] for t in same): len(same) for same in plain.values() if len(same) > 1}
+    groups = sorted((len(same) for same in plain.values() if len(same) > 1), reverse=True)
     return {
         "captions": len(captions),
         "distinct": len(plain),
         "shared": sum(len(same) for same in plain.values() if len(same) > 1),
-        "commonest": [
-            {"text": text, "captions": n}
-            for text, n in sorted(shared.items(), key=lambda i: (-i[1], i[0]))[:12]
-        ],
-    }
+        "commonest": groups[:12],
+    }, {text[:120]: len(same) for same in plain.values() for text in same}
+
+
+def take_examples(found, counts):
+    """Replace examples of repeated captions by their counts, having looked that they are right."""
+    for entry in found["commonest"]:
+        assert counts[entry["text"]] == entry["captions"]
+    found["commonest"] = [entry["captions"] for entry in found["commonest"]]
 
 
 def recount_texts(made):
@@ -289,13 +293,14 @@ def recount_texts(made):
             for r in made["raw"]
             if r["verdict"] == "kept" and r["caption"]
         ]
-    found = {}
+    found, examples = {}, {}
     for origin in sorted({origin for origin, _ in rows}):
         captions = [text for o, text in rows if o == origin]
         lengths = [len(text) for text in captions]
+        repeats, examples[origin] = recount_repeats(captions)
         found[origin] = {
             "characters": {**summary(lengths), "bins": bins(lengths, 5)},
-            "repeats": recount_repeats(captions),
+            "repeats": repeats,
             "words": recount_words(captions),
         }
     return {
@@ -303,7 +308,7 @@ def recount_texts(made):
         "captions": len(rows),
         "one_caption_in": 1,
         "by_origin": found,
-    }
+    }, examples
 
 
 def same(values):
@@ -491,7 +496,10 @@ def check(corpus, made):
     joint["cells"] = {tuple(cell) for cell in cells}
     assert len(joint["cells"]) == len(cells)
     assert joint == recount_explorer(made["captions"])
-    assert found.pop("texts") == recount_texts(made)
+    texts, examples = recount_texts(made)
+    for origin, statistics in found["texts"]["by_origin"].items():
+        take_examples(statistics["repeats"], examples[origin])
+    assert found.pop("texts") == texts
     assert found.pop("images") == recount_images(made["raw"])
     assert found.pop("licences") == recount_licences(made["raw"])
     assert found.pop("stages") == recount_stages(root)
