@@ -9,8 +9,8 @@ import sys
 from contextlib import contextmanager
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-# Workers are ready on a small machine as soon as may be, and nobody asks how they are.
-os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+# Ray's workers give way to every other process; on a busy machine tests would wait for them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray  # noqa: E402  (the environment comes first)
 from ray.cluster_utils import Cluster  # noqa: E402

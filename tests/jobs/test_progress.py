@@ -2,7 +2,7 @@
 
 import io
 
-from jobs.progress import StageCount, stage_meter
+from jobs.progress import StageCount, Stretch, stage_meter, stage_meters
 
 
 class Terminal(io.StringIO):
@@ -45,3 +45,31 @@ def test_a_terminal_gets_a_bar():
         meter.advance(10, 9)
     assert "10/10" in stream.getvalue()
     assert "90.0% kept" in stream.getvalue()
+
+
+STAGES = [Stretch("download", 10, resumed=5), Stretch("score", 10)]
+
+
+def test_several_stages_have_a_line_each_in_their_order():
+    stream = io.StringIO()
+    with stage_meters(STAGES, unit="rows", stream=stream) as meters:
+        meters["score"].advance(2, 1)
+        meters["download"].advance(5, 4)
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("download: 10/10 rows (100%), ")
+    assert second.startswith("score: 2/10 rows (20%), ")
+
+
+def test_several_stages_have_a_bar_each():
+    stream = Terminal()
+    with stage_meters(STAGES, unit="rows", stream=stream) as meters:
+        meters["score"].advance(2, 1)
+    assert "5/10" in stream.getvalue()
+    assert "2/10" in stream.getvalue()
+
+
+def test_rows_of_a_shard_that_came_to_nothing_are_taken_back():
+    count = StageCount("download", 10, "rows")
+    count.add(3, 2)
+    count.add(-3, -2)
+    assert count.line(1.0) == "download: 0/10 rows (0%), 0.0 rows/s"
