@@ -1,21 +1,15 @@
 """`capfilt calibrate`: how well the corpus's scores tell right captions from wrong ones."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
-
-import pyarrow.csv
-import pyarrow.parquet
 
 from jobs.corpus_root import open_corpus
 from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.trained import found_model
 from pipeline.models import ModelError
-from pipeline.report.calibrate import Calibration, CalibrationConfig, LabelledPair, calibrate
+from pipeline.report.calibrate import Calibration, CalibrationConfig, calibrate
+from pipeline.report.labels import read_labels
 from pipeline.scorer import Scorer
-
-_COLUMNS = ("source", "key", "origin", "index", "is_match")
 
 
 def calibrate_corpus(
@@ -27,7 +21,10 @@ def calibrate_corpus(
     index, is_match). Without `is_shuffled` they alone are used, and no model is loaded. Raises
     UserError.
     """
-    pairs = read_labels(labels) if labels else None
+    try:
+        pairs = read_labels(labels) if labels else None
+    except ValueError as error:
+        raise UserError(str(error)) from error
     corpus = open_corpus(recipe.root)
     with ExitStack() as stack:
         scorer = None
@@ -46,27 +43,3 @@ def calibrate_corpus(
             return calibrate(corpus, pairs, scorer=scorer, config=config)
         except ValueError as error:
             raise UserError(f"{corpus.root}: {error}") from error
-
-
-def read_labels(path: str) -> Sequence[LabelledPair]:
-    """Return the labelled captions of a CSV or Parquet table. Raises UserError."""
-    try:
-        if Path(path).suffix == ".parquet":
-            table = pyarrow.parquet.read_table(path, columns=list(_COLUMNS))
-        else:
-            options = pyarrow.csv.ConvertOptions(column_types={"key": "string", "source": "string"})
-            table = pyarrow.csv.read_csv(path, convert_options=options).select(list(_COLUMNS))
-        return [
-            LabelledPair(
-                source=row["source"],
-                key=row["key"],
-                origin=row["origin"],
-                index=int(row["index"]),
-                is_match=bool(row["is_match"]),
-            )
-            for row in table.to_pylist()
-        ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: no table of labels with the columns {', '.join(_COLUMNS)}: {error}"
-        ) from error

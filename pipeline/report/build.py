@@ -13,7 +13,7 @@ from pipeline.layout import TEMPORARY
 from pipeline.report.card import croissant, dataset_card
 from pipeline.report.compare import compare as compare_with
 from pipeline.report.gallery import Example, examples
-from pipeline.report.ledgers import CorpusChangedError, Ledgers, Snapshot, SqlLimits
+from pipeline.report.ledgers import CorpusChangedError, Ledgers, ReportError, Snapshot, SqlLimits
 from pipeline.report.numbers import Json, numbers
 from pipeline.report.page import render
 
@@ -39,8 +39,8 @@ def build_report(
 
     Works on any state of a corpus, empty and running ones too, and changes nothing else. `compare`
     is another corpus to set it against. Each file is replaced at once. Raises OSError, ValueError
-    for a file of results that cannot be read, and CorpusChangedError where shards on storage
-    without hard links are replaced all the time.
+    for a file of results or a ledger that cannot be read, and where shards on storage without hard
+    links are replaced all the time.
     """
     found, chosen = _gather(corpus, compare, limits or SqlLimits())
     found_compact = json.dumps(found, ensure_ascii=False, allow_nan=False, sort_keys=True)
@@ -71,6 +71,10 @@ def _gather(corpus: Corpus, other: Corpus | None, limits: SqlLimits) -> tuple[Js
                         found["comparison"] = compare_with(ledgers, other, f"{folder}/other")
         except (duckdb.Error, OSError, CorpusChangedError) as error:
             if not snapshot.has_changed(corpus):
+                if isinstance(error, duckdb.Error):
+                    raise ReportError(
+                        f"a ledger cannot be read: {error}; `capfilt verify` says what to do"
+                    ) from error
                 raise
             _log.info("the corpus changed while it was read (%s); looking again", error)
             continue

@@ -18,6 +18,7 @@ from pipeline.image_decode import Pixels, decode
 from pipeline.image_header import read_header
 from pipeline.report.build import write_file
 from pipeline.report.gallery import spread
+from pipeline.report.labels import LabelledPair
 from pipeline.report.ledgers import Ledgers, Row, Snapshot, SqlLimits
 from pipeline.report.scores import FINE, SCORES
 from pipeline.report.thumbnails import images_of
@@ -69,17 +70,6 @@ class PairScorer(Protocol):
         self, images: Sequence[Any], texts: Sequence[Sequence[str]]
     ) -> Sequence[Sequence[PairScores]]:
         """Return the scores of each image's texts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledPair:
-    """A caption of the corpus that somebody has looked at."""
-
-    source: str
-    key: str
-    origin: str
-    index: int
-    is_match: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

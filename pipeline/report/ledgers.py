@@ -82,7 +82,11 @@ class Shard:
     committed_at: datetime | None
 
 
-class CorpusChangedError(Exception):
+class ReportError(ValueError):
+    """A corpus cannot be reported on as it is; the message says why and what to do."""
+
+
+class CorpusChangedError(ReportError):
     """Shards were replaced while they were read."""
 
 

@@ -248,6 +248,14 @@ def test_shards_that_were_replaced_since_are_noticed_and_links_still_hold_the_ol
         assert ledgers.row("SELECT count(*) FROM raw") == (10,)
 
 
+def test_a_ledger_that_is_damaged_is_named(tmp_path):
+    corpus, _ = build(tmp_path, {"cc3m": [30]})
+    path = tmp_path / "raw/cc3m/00000.parquet"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(ValueError, match=r"raw-cc3m-00000.parquet.*capfilt verify"):
+        build_report(corpus)
+
+
 def test_what_a_killed_report_left_is_removed_by_the_next(tmp_path):
     corpus, _ = build(tmp_path, {"cc3m": [3]})
     (tmp_path / "report/.ledgers.dead").mkdir(parents=True)

@@ -19,12 +19,12 @@ from pipeline.corpus import Corpus
 from pipeline.report.build import build_report
 from pipeline.report.calibrate import (
     CalibrationConfig,
-    LabelledPair,
     calibrate,
     calibration_of,
 )
 from pipeline.report.compare import Z, mean, paired_share, share
 from pipeline.report.compare import compare as compare_ledgers
+from pipeline.report.labels import LabelledPair, read_labels
 from pipeline.report.ledgers import Ledgers, Snapshot
 
 SHAPE = {"laion": [80, 60], "coco": [20]}
@@ -305,3 +305,32 @@ def test_calibration_without_anything_to_compare_says_what_it_needs(scored, tmp_
     label = LabelledPair(source="cc3m", key="0", origin="web", index=0, is_match=True)
     with pytest.raises(ValueError, match="no scored captions yet"):
         calibrate(corpus, [label])
+
+
+def test_labels_are_read_from_a_table_and_keys_stay_text(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("key,source,is_match,index\n000042,laion,yes,3\n000043,laion,0,\n")
+    first, second = read_labels(str(path))
+    expected = {"source": "laion", "key": "000042", "origin": "web", "index": 3, "is_match": True}
+    assert dataclasses.asdict(first) == expected
+    assert (second.key, second.index, second.is_match) == ("000043", 0, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("key,source\n1,a\n", "has no column is_match"),
+        ("key,source,is_match\n1,a,maybe\n", "row 1: is_match is 'maybe'"),
+        ("key,source,is_match,index\n1,a,1,x\n", "row 1: index is 'x'"),
+    ],
+)
+def test_labels_that_cannot_be_meant_are_named(tmp_path, text, said):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_labels(str(path))
+
+
+def test_a_file_of_labels_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.parquet cannot be read"):
+        read_labels(str(tmp_path / "none.parquet"))
