@@ -4,13 +4,12 @@ import multiprocessing
 import random
 import shutil
 import signal
-import socket
 from contextlib import ExitStack
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from training_jobs import CPU, NUM_STEPS, alone, as_rank, job, killed_after, records, write_corpus
+from training_jobs import CPU, NUM_STEPS, alone, job, killed_after, records, run_ranks, write_corpus
 
 from jobs.checkpoint import Checkpoints
 from jobs.training.context import TrainContext
@@ -65,22 +64,6 @@ def run(processes, target, *arguments):
     process.start()
     process.join()
     return process.exitcode
-
-
-def run_ranks(processes, this, world_size, *, is_short=False):
-    """Train as so many ranks at once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        processes.Process(target=as_rank, args=(rank, world_size, this, port, is_short))
-        for rank in range(world_size)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * world_size
 
 
 def assert_same_end(root, undisturbed, stage):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def as_rank(rank, world_size, job, port, is_short):
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     train(TrainContext(CPU, rank, world_size), job, should_stop=lambda: is_short)
     dist.destroy_process_group()
+
+
+def run_ranks(processes, this, world_size, *, is_short=False):
+    """Train as so many ranks at once, in processes of a multiprocessing context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        processes.Process(target=as_rank, args=(rank, world_size, this, port, is_short))
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * world_size
 
 
 def records(job):
