@@ -48,7 +48,7 @@ _STOP = "\n"  # ends a caption, as BLIP-2 has it with OPT
 class VerbaliserTraining:
     """How the language model is trained."""
 
-    num_steps: int = 1500
+    num_steps: int = 4000
     batch_size: int = 32
     peak_rate: float = 2e-3
     seed: int = 0
