@@ -136,17 +136,20 @@ def test_a_second_driver_is_refused_while_the_first_goes_on(children, world, exp
     other = chaos.Children(tmp_path)
     root = tmp_path / "corpus"
     try:
-        children.start(chaos.command(world, root, "download.num_threads=1"))
+        assert other.run(["schema"]) == 0  # it is warm now
+        first = children.start(chaos.command(world, root))
         while not chaos.num_committed(root):
-            time.sleep(0.002)
-        code = other.run(chaos.command(world, root))
-        assert code == 2, other.output
-        assert f"{root} is being run by " in other.output
-        assert "Traceback" not in other.output
-        chaos.check_status(root, {"running", "done"})
+            time.sleep(0.001)
+        os.kill(first, signal.SIGSTOP)  # so that it is sure to be there still
+        code, output = other.run(chaos.command(world, root)), other.output
+        chaos.check_status(root, {"running"})
+        os.kill(first, signal.SIGCONT)
         assert children.wait() == 0
     finally:
         other.close()
+    assert code == 2, output
+    assert f"{root} is being run by " in output
+    assert "Traceback" not in output
     chaos.check_whole(root, expected)
 
 
