@@ -122,9 +122,11 @@ def run_demo(folder: Path, *, is_quick: bool, should_stop: Callable[[], bool]) -
 
 def demo_recipe(root: Path, web: SyntheticWeb) -> Recipe:
     """Return the embedded recipe for a web that was built: its lists, its port."""
-    lists = {"laion": web.lists.laion, "cc3m": web.lists.cc3m, "human": web.lists.human}
+    lists = {name: getattr(web.lists, name) for name in ("laion", "cc3m", "human", "test")}
     overrides = [f"sources.{name}.paths=[{str(path)!r}]" for name, path in lists.items()]
     overrides += [f"root={str(root)!r}", f"fetch.allowed_ports=[{web.port}]"]
+    weights = str(files("jobs") / "demo" / "encoder_weights")
+    overrides += [f"training.{stage}.image_encoder={weights!r}" for stage in ("med", "stage1")]
     return load_recipe(str(files("jobs") / "recipes" / "demo.yaml"), overrides)
 
 

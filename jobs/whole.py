@@ -1,0 +1,47 @@
+"""The whole job, in order: download, train captioner and filter, score, select, train BLIP-2.
+
+Every step is there already or is made, so the same call continues wherever it ended. A recipe that
+names published captioner and filter needs no training in between, and its stages overlap.
+"""
+
+from collections.abc import Callable
+
+from jobs import run as data_run
+from jobs.recipe import Recipe
+from jobs.stages.stages import untrained
+from jobs.summary import RunSummary
+from jobs.training.config import Stage
+
+_BOOTSTRAP: tuple[Stage, ...] = ("med", "captioner", "filter")
+
+
+def run_whole(
+    recipe: Recipe,
+    should_stop: Callable[[], bool],
+    *,
+    address: str | None = None,
+    command: str = "",
+) -> RunSummary:
+    """Do all that a recipe asks for and return what the data stages came to.
+
+    Raises UserError, and whatever a stage of training raises.
+    """
+    if untrained(recipe):
+        summary = data_run.download(recipe, should_stop, address=address, command=command)
+        if summary.exit_code:
+            return summary
+        if not train(recipe, _BOOTSTRAP, should_stop):
+            summary.is_stopped = True
+            return summary
+    return data_run.run(recipe, should_stop, address=address, command=command)
+
+
+def train(recipe: Recipe, stages: tuple[Stage, ...], should_stop: Callable[[], bool]) -> bool:
+    """Train stages one after the other; return whether all are trained, False when stopped."""
+    from jobs.pretrain import pretrain  # brings torch
+    from jobs.training.job import training_job
+
+    for stage in stages:
+        if should_stop() or pretrain(training_job(recipe, stage), should_stop) is None:
+            return False
+    return True
