@@ -59,12 +59,22 @@ class Session:
                 objective.frozen,
             )
             self.loader.load_state_dict(manifest.state["loader"])
-        except (FingerprintError, CheckpointError, LoaderError) as error:
-            raise UserError(
-                f"{where}: {error}\nTo go on from it, give back what it was made with; to begin "
-                f"anew, delete {self.store.full(self.job.folder)}"
-            ) from error
+        except FingerprintError as error:
+            changed = [
+                f"  {key}: {old!r} then, {new!r} now"
+                for key, (old, new) in error.differences.items()
+            ]
+            problem = "\n".join(["it was trained differently:", *changed])
+            raise self._cannot_go_on(where, problem) from error
+        except (CheckpointError, LoaderError) as error:
+            raise self._cannot_go_on(where, str(error)) from error
         return manifest
+
+    def _cannot_go_on(self, where: str, problem: str) -> UserError:
+        return UserError(
+            f"checkpoint {where}: {problem}\nTo go on from it, give back what it was made with; to "
+            f"begin anew, delete {self.store.full(self.job.folder)}"
+        )
 
     def snapshot(self, step: int, watch: TrainingWatch) -> Snapshot | None:
         """Copy this moment, on rank 0; every rank has to call it.

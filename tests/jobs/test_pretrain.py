@@ -221,9 +221,10 @@ def test_stage1_asks_for_its_image_encoder(corpus_only):
 def test_a_checkpoint_of_another_recipe_is_refused_with_the_keys(corpus_only):
     answers = iter([False, False, True])
     assert alone(job(corpus_only, "med"), lambda: next(answers)) is None
-    with pytest.raises(UserError, match=r"recipe.peak_rate.*begin\s+anew, delete") as raised:
+    with pytest.raises(UserError, match="recipe.peak_rate: absent then, 0.002 now") as raised:
         alone(job(corpus_only, "med", {"peak_rate": 2e-3}))
     assert "00000003" in str(raised.value)
+    assert f"to begin anew, delete {corpus_only}/train/med" in str(raised.value)
 
 
 def test_a_tokenizer_that_lacks_a_special_token_stops_before_training(corpus_only, tmp_path):
