@@ -5,8 +5,10 @@ names published captioner and filter needs no training in between, and its stage
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from jobs import run as data_run
+from jobs.errors import RunError
 from jobs.recipe import Recipe
 from jobs.stages.stages import untrained
 from jobs.summary import RunSummary
@@ -27,21 +29,26 @@ def run_whole(
     Raises UserError, and whatever a stage of training raises.
     """
     if untrained(recipe):
-        summary = data_run.download(recipe, should_stop, address=address, command=command)
+        summary = data_run.run_stage(
+            recipe, "download", should_stop, address=address, command=command
+        )
         if summary.exit_code:
             return summary
         if not train(recipe, _BOOTSTRAP, should_stop):
-            summary.is_stopped = True
-            return summary
+            return replace(summary, is_stopped=True)
     return data_run.run(recipe, should_stop, address=address, command=command)
 
 
 def train(recipe: Recipe, stages: tuple[Stage, ...], should_stop: Callable[[], bool]) -> bool:
     """Train stages one after the other; return whether all are trained, False when stopped."""
     from jobs.pretrain import pretrain  # brings torch
+    from jobs.training.gates import DivergedError
     from jobs.training.job import training_job
 
     for stage in stages:
-        if should_stop() or pretrain(training_job(recipe, stage), should_stop) is None:
-            return False
+        try:
+            if should_stop() or pretrain(training_job(recipe, stage), should_stop) is None:
+                return False
+        except DivergedError as error:
+            raise RunError(f"{stage}: {error}") from error
     return True

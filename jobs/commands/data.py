@@ -51,9 +51,9 @@ def run(
         return
 
     def work(should_stop: Callable[[], bool]) -> "RunSummary":
-        from jobs import run as jobs_run
+        from jobs.whole import run_whole
 
-        return jobs_run.run(loaded, should_stop, address=address, command=again)
+        return run_whole(loaded, should_stop, address=address, command=again)
 
     again = as_typed("run", recipe, sets, *_place(address))
     finish(work, again, as_json)

@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
 
-from jobs import run
+from jobs.ablate import Ablation, ablate
 from jobs.demo.behaviours import Delivery
+from jobs.demo.judge import HEADER, FilterQuality, judge_filter
 from jobs.demo.noise import Noise
 from jobs.demo.plan import PlannedImage, WebConfig
 from jobs.demo.web import SyntheticWeb, build_web
@@ -20,9 +21,13 @@ from jobs.errors import UserError
 from jobs.progress import stage_meter
 from jobs.recipe import Recipe, load_recipe
 from jobs.summary import SOME_FAILED, RunSummary
+from jobs.whole import run_whole
 from pipeline.corpus import Corpus
 from pipeline.download import STAGE
+from pipeline.report.build import build_report
 from pipeline.verify import Severity, verify
+
+_QUICK_STEPS = {"med": 150, "captioner": 60, "filter": 60}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,9 @@ class DemoSummary:
     run: RunSummary
     sources: tuple[SourceResult, ...]
     num_faults: int
+    filter: dict[str, FilterQuality]
+    proof: Ablation | None
+    report: str | None
 
     @property
     def exit_code(self) -> int:
@@ -68,6 +76,9 @@ class DemoSummary:
                 for each in self.sources
             },
             "faults": self.num_faults,
+            "filter": {name: asdict(each) for name, each in self.filter.items()},
+            "proof": None if self.proof is None else self.proof.to_json(),
+            "report": self.report,
         }
 
     def text(self) -> str:
@@ -91,10 +102,22 @@ class DemoSummary:
                 f"{obtainable:,} rows could be had; {surprises:,} rows ended otherwise than the "
                 "web's truth says.",
                 "noisy: kept captions that do not fit their image, which the filter is to find.",
-                f"{self.num_faults:,} faults in the corpus at {self.root}; look again with",
-                f"  capfilt verify {self.root}",
+                "",
+                HEADER,
+                *(each.text(name) for name, each in self.filter.items()),
+                "right: all that a caption states is true of its picture; wrong found: how many of",
+                "the wrong ones are dropped; drops right: how many of those dropped are wrong.",
+                *self._proof(),
+                "",
+                f"{self.num_faults:,} faults in the corpus (capfilt verify {self.root})",
+                f"the report: {self.report}",
             ]
         )
+
+    def _proof(self) -> list[str]:
+        if self.proof is None:
+            return []
+        return ["", "The same small model trained on each, equal steps:", self.proof.text()]
 
 
 def run_demo(folder: Path, *, is_quick: bool, should_stop: Callable[[], bool]) -> DemoSummary:
@@ -104,29 +127,58 @@ def run_demo(folder: Path, *, is_quick: bool, should_stop: Callable[[], bool]) -
     """
     folder = folder.absolute()
     web = _build(folder / "web", WebConfig.quick() if is_quick else WebConfig())
-    recipe = demo_recipe(folder / "corpus", web)
+    recipe = demo_recipe(folder / "corpus", web, is_quick=is_quick)
     try:
         server = web.serve()
         with server:
-            done = run.download(recipe, should_stop)
+            done = run_whole(recipe, should_stop, command="capfilt demo")
     except OSError as error:
         raise UserError(
             f"the demo's web cannot be served on port {web.port}: {error}; stop what listens "
             f"there, or delete {folder} to begin anew on another port"
         ) from error
-    corpus = Corpus(recipe.root)
-    results = () if done.is_stopped else _compare(recipe, corpus, web.truth())
-    num_faults = sum(fault.severity is Severity.FAULT for fault in verify(corpus))
-    return DemoSummary(corpus.root, done, results, num_faults)
+    return _summarise(recipe, done, web, should_stop, is_quick=is_quick)
 
 
-def demo_recipe(root: Path, web: SyntheticWeb) -> Recipe:
-    """Return the embedded recipe for a web that was built: its lists, its port."""
+def _summarise(
+    recipe: Recipe,
+    done: RunSummary,
+    web: SyntheticWeb,
+    should_stop: Callable[[], bool],
+    *,
+    is_quick: bool,
+) -> DemoSummary:
+    """Prove, judge by the truth, and write the report, once all shards are there."""
+    corpus, truth = Corpus(recipe.root), web.truth()
+    if done.exit_code:
+        return DemoSummary(corpus.root, done, (), 0, {}, None, None)
+    proof = None if is_quick else ablate(recipe, should_stop)
+    if proof is None and not is_quick:
+        stopped = replace(done, is_stopped=True)
+        return DemoSummary(corpus.root, stopped, (), 0, {}, None, None)
+    return DemoSummary(
+        root=corpus.root,
+        run=done,
+        sources=_compare(recipe, corpus, truth),
+        num_faults=sum(fault.severity is Severity.FAULT for fault in verify(corpus)),
+        filter=judge_filter(corpus, truth, recipe.select.itm_threshold if recipe.select else 0.5),
+        proof=proof,
+        report=build_report(corpus).page,
+    )
+
+
+def demo_recipe(root: Path, web: SyntheticWeb, *, is_quick: bool = False) -> Recipe:
+    """Return the embedded recipe for a web that was built: its lists, its port.
+
+    `is_quick` trains for fewer steps, after which the models know little.
+    """
     lists = {name: getattr(web.lists, name) for name in ("laion", "cc3m", "human", "test")}
     overrides = [f"sources.{name}.paths=[{str(path)!r}]" for name, path in lists.items()]
     overrides += [f"root={str(root)!r}", f"fetch.allowed_ports=[{web.port}]"]
     weights = str(files("jobs") / "demo" / "encoder_weights")
     overrides += [f"training.{stage}.image_encoder={weights!r}" for stage in ("med", "stage1")]
+    if is_quick:
+        overrides += [f"training.{stage}.num_steps={n}" for stage, n in _QUICK_STEPS.items()]
     return load_recipe(str(files("jobs") / "recipes" / "demo.yaml"), overrides)
 
 

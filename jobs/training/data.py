@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 import pyarrow.parquet as pq
 import torch
@@ -47,7 +48,7 @@ def loader_config(job: TrainingJob, global_batch_size: int) -> LoaderConfig:
         Augmentation.CROP_RANDAUGMENT if is_med(job.stage) else Augmentation.CROP
     )
     return LoaderConfig(
-        stage=config.med_data if job.stage == "med" else "clean",
+        stage=_stage(job),
         global_batch_size=global_batch_size,
         sources=_sources(job),
         seed=job.seed,
@@ -59,6 +60,16 @@ def loader_config(job: TrainingJob, global_batch_size: int) -> LoaderConfig:
         has_pinned_memory=torch.cuda.is_available(),
         cache_folder=config.cache_folder,
     )
+
+
+def _stage(job: TrainingJob) -> Literal["clean", "raw"]:
+    """Return which shards a stage reads: before there are captioner and filter, none are clean.
+
+    What people wrote is the same in both.
+    """
+    if job.stage == "med":
+        return job.config.med_data
+    return "raw" if job.stage in ("captioner", "filter") else "clean"
 
 
 def _sources(job: TrainingJob) -> dict[str, SourceConfig]:
