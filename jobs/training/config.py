@@ -184,8 +184,8 @@ class TrainingConfig(BaseModel):
     )
     med_data: Literal["raw", "clean"] = Field(
         default="raw",
-        description="What med trains on: the web as it came (to make captioner and filter), or "
-        "the cleaned corpus.",
+        description="What med, captioner and filter train on: the corpus as it came, which is all "
+        "there is before captioner and filter are trained, or the cleaned one.",
     )
     held_out_share: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         default=0.001, description="Share of the images that no stage trains on; probes see them."
@@ -247,7 +247,7 @@ class TrainingConfig(BaseModel):
         shared = {"tokenizer", "held_out_share", "precision"}
         if self.tokenizer == CORPUS_TOKENIZER:
             shared |= {"vocabulary_size"}
-        if stage == "med":
+        if is_med(stage):
             shared |= {"med_data"}
         return self.model_dump(mode="json", include=shared) | self.of(stage).content()
 

@@ -67,9 +67,7 @@ def _stage(job: TrainingJob) -> Literal["clean", "raw"]:
 
     What people wrote is the same in both.
     """
-    if job.stage == "med":
-        return job.config.med_data
-    return "raw" if job.stage in ("captioner", "filter") else "clean"
+    return job.config.med_data if is_med(job.stage) else "clean"
 
 
 def _sources(job: TrainingJob) -> dict[str, SourceConfig]:

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ from transformers import (
 from jobs import cli
 from jobs.errors import UserError
 from jobs.training.context import TrainContext
-from jobs.training.data import cut
+from jobs.training.data import cut, loader_config
 from jobs.training.exports import read_card
 from jobs.training.gates import DivergedError
 from pipeline.corpus import Corpus
@@ -149,7 +150,7 @@ def write_raw(root):
                     row = dict.fromkeys(RAW_SCHEMA.names)
                     row |= {"key": item.key, "source": source, "verdict": "kept", "reason": ""}
                     row |= {"caption": texts[0], "num_captions": len(texts), "origin": origin}
-                    ledger.write(row | {"sha256": f"{number:02x}" * 32})
+                    ledger.write(row | {"sha256": sha256(item.image).hexdigest()})
             writer.commit(rows_in=16, counts=ledger.counts)
 
 
@@ -159,6 +160,18 @@ def test_med_trains_on_the_web_as_it_came(tmp_path):
     card = alone(this)
     assert card.content["loader"]["stage"] == "raw"
     assert math.isfinite(card.losses["loss"])
+
+
+def test_captioner_and_filter_read_the_same_shards_as_med_and_blip2_the_clean_ones(tmp_path):
+    stages = {
+        stage: [
+            loader_config(job(tmp_path, stage, med_data=data), 8).stage for data in ("raw", "clean")
+        ]
+        for stage in STAGES
+    }
+    assert stages == dict.fromkeys(("med", "captioner", "filter"), ["raw", "clean"]) | (
+        dict.fromkeys(("stage1", "stage2"), ["clean", "clean"])
+    )
 
 
 def test_raw_shards_give_every_human_caption_and_the_webs_one(tmp_path):
