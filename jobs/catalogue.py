@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.stages.stage import Commit
+from jobs.tidy import Tags, look
 from pipeline.corpus import Corpus
-from pipeline.layout import MARKER, parse_name
 
 _log = logging.getLogger(__name__)
 FILE = "run/catalogue.parquet"
@@ -51,26 +51,34 @@ class Catalogue:
     """The markers of a corpus, by what they last said."""
 
     corpus: Corpus
+    tags: Tags = field(default_factory=dict)
+    """What a look at the corpus has just shown, so that nothing is listed twice."""
     commits: dict[Place, Commit] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, corpus: Corpus) -> "Catalogue":
-        """Return what is remembered of a corpus; nothing of one on a local disk, which is quick."""
+    def load(cls, corpus: Corpus, tags: Tags | None = None) -> "Catalogue":
+        """Return what is remembered of a corpus; nothing of one on a local disk, which is quick.
+
+        `tags` is what `tidy` returned a moment ago.
+        """
+        tags = tags or {}
         data = None if corpus.store.is_local else corpus.store.read(FILE)
         if data is None:
-            return cls(corpus)
+            return cls(corpus, tags)
         try:
             rows = pq.read_table(io.BytesIO(data)).cast(_SCHEMA).to_pylist()
         except (pa.ArrowException, ValueError, OSError) as error:
             _log.info("%s/%s cannot be read, markers are: %s", corpus.root, FILE, error)
-            return cls(corpus)
-        return cls(corpus, dict(map(_entry, rows)))
+            return cls(corpus, tags)
+        return cls(corpus, tags, dict(map(_entry, rows)))
 
     def of(self, folder: str, source: str) -> dict[int, Commit]:
         """Return the shards of a source that exist in a stage."""
         if self.corpus.store.is_local:
             return {r.index: Commit.of(r, tag="") for r in self.corpus.shards(folder, source)}
-        tags = self._tags(folder, source)
+        tags = self.tags.get((folder, source))
+        if tags is None:
+            tags = look(self.corpus, folder, source)[1]
         known = {
             index: commit
             for index, tag in tags.items()
@@ -101,21 +109,6 @@ class Catalogue:
             store.fs.pipe_file(store.full(FILE), buffer.getvalue())
         except OSError as error:
             _log.info("%s/%s cannot be written: %s", self.corpus.root, FILE, error)
-
-    def _tags(self, folder: str, source: str) -> dict[int, str]:
-        """Return the store's tag of each marker, by index; empty where it has none."""
-        store, tags = self.corpus.store, dict[int, str]()
-        path = store.full(f"{folder}/{source}")
-        store.fs.invalidate_cache(path)
-        try:
-            infos: list[dict[str, Any]] = store.fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return tags
-        for info in infos:
-            name = parse_name(str(info["name"]).rsplit("/", 1)[-1])
-            if name is not None and name.suffix == MARKER and not name.digest:
-                tags[name.index] = str(info.get("ETag", "")).strip('"')
-        return tags
 
 
 def _entry(row: dict[str, Any]) -> tuple[Place, Commit]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jobs.pools import bounds_of, pool_of
 from jobs.run_config import RunConfig
 
 _log = logging.getLogger(__name__)
+_SECONDS_TO_ANSWER = 10.0
 _OBJECT_STORE_BYTES = 128 * 2**20  # shards go through storage; only tasks and counts go through Ray
 
 
@@ -76,12 +78,20 @@ def _start(config: RunConfig, stages: list[str]) -> None:
 
 def _join(address: str) -> None:
     try:
+        _knock(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster answers at {address} ({error}). Is it up, and is its token here? With "
             "authentication on, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH must name it"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once where nothing listens; Ray would try for five minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in address:
+        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_ANSWER).close()
 
 
 def _place(*, is_own: bool) -> RayPlace:

@@ -13,6 +13,7 @@ from jobs.corpus_root import open_corpus
 from jobs.durable import Condition, driving
 from jobs.errors import RunError, UserError
 from jobs.in_process import work_in_process
+from jobs.places import refuse_relative
 from jobs.problems import storage_explained
 from jobs.recipe import Recipe
 from jobs.stages.download import Visit
@@ -86,17 +87,19 @@ def run_stages(
     command: str = "",
 ) -> RunSummary:
     """Run these stages, upstream first, over the recipe's corpus. Raises as `run` does."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and recipe.run.wants_ray(address):
+        refuse_relative(recipe)  # a worker stands in another folder than this process
     corpus = open_corpus(recipe.root)
     with storage_explained(corpus), ExitStack() as until_done:
         _check_recipe(recipe, corpus)
         heart = until_done.enter_context(
             driving(corpus, recipe.run, name=recipe.name, command=command)
         )
-        tidy(corpus)
-        catalogue = Catalogue.load(corpus)
+        catalogue = Catalogue.load(corpus, tidy(corpus))
         board = lay_out(recipe, catalogue, stages)
         with watched(board, heart, catalogue, should_stop) as watching:
-            _make(recipe, stages, watching, address or os.environ.get("RAY_ADDRESS"))
+            _make(recipe, stages, watching, address)
         if heart.is_lost:
             raise RunError(f"{corpus.root}: another run has taken over, and goes on from here")
         summary = RunSummary.of(watching)

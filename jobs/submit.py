@@ -30,8 +30,8 @@ from jobs.job_server import (
     Attempt,
     JobServer,
 )
+from jobs.places import refuse_relative
 from jobs.recipe import Recipe, dump_recipe
-from pipeline.model_configs import ModelConfig
 from pipeline.sample import canonical_json
 
 RECIPE_FILE = "recipe.yaml"
@@ -62,7 +62,7 @@ def submit_run(server: JobServer, recipe: Recipe, again: str) -> Submitted:
     Raises UserError when the run's name or its corpus is in use by another recipe, or when the
     recipe names files that only this machine can see.
     """
-    _refuse_relative(recipe)
+    refuse_relative(recipe)
     attempts = server.attempts()
     mine = [each for each in attempts if each.run == recipe.name]
     active = next((each for each in reversed(mine) if each.is_active), None)
@@ -233,31 +233,3 @@ def _refuse_shared_root(attempts: list[Attempt], recipe: Recipe) -> None:
                 f"{recipe.root} is being written by run {each.run!r} ({each.status}); give this "
                 "recipe that name to attach, or another root"
             )
-
-
-def _refuse_relative(recipe: Recipe) -> None:
-    """Raise UserError for files that are named relative to the folder this machine stands in."""
-    for key, place in _places(recipe):
-        if "://" not in place and not Path(place).is_absolute():
-            raise UserError(
-                f"{key} = {place}: relative to this machine, so the cluster would not find it; "
-                f"give a URL (s3://, gs://) or an absolute path that every node mounts: "
-                f"--set {key}=..."
-            )
-
-
-def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    yield "root", recipe.root
-    for source in recipe.sources:
-        for path in source.paths:
-            yield f"sources.{source.name}.paths", path
-        for key in ("image_root", "image_data"):
-            if value := getattr(source, key):
-                yield f"sources.{source.name}.{key}", value
-    models: dict[str, ModelConfig | None] = {"captioner": recipe.captioner}
-    if recipe.scorer is not None:
-        models |= {"scorer.filter": recipe.scorer.filter, "scorer.clip": recipe.scorer.clip}
-    for key, model_config in models.items():
-        # A name on the hub looks like a relative path, and is one only if there is such a folder.
-        if model_config is not None and Path(model_config.name).is_dir():
-            yield f"{key}.name", model_config.name

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
@@ -147,16 +148,16 @@ def fill(root: str, num_shards: int) -> None:
 def scan(title: str, corpus: Corpus, num_shards: int) -> None:
     """Do what a resume does before it begins: look for debris, then read what exists."""
     started_at, cpu = time.monotonic(), time.process_time()
-    tidy(corpus)
+    tags = tidy(corpus)
     seen_at = time.monotonic()
-    catalogue = Catalogue.load(corpus)
+    catalogue = Catalogue.load(corpus, tags)
     done = {folder: catalogue.of(folder, SOURCE) for _, folder in CHAIN}
     seconds, cpu = time.monotonic() - started_at, time.process_time() - cpu
     assert all(len(each) == num_shards for each in done.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"resume scan, {title}: {num_shards:,} shards x 3 stages: {seconds:,.1f} s "
-        f"({seen_at - started_at:,.1f} s of it looking for debris), {cpu:,.1f} s of CPU here, "
+        f"({seen_at - started_at:,.1f} s of it listing), {cpu:,.1f} s of CPU here, "
         f"{peak:,.0f} MiB at most",
         flush=True,
     )

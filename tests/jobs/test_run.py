@@ -141,6 +141,21 @@ def test_two_workers_run_on_a_ray_of_their_own(tmp_path, world):
     assert not (tmp_path / ".ray").exists()
 
 
+def test_on_a_cluster_a_relative_root_is_refused_before_anything_is_written(capfilt, tmp_path):
+    code, _, err = capfilt("run", "--set=root=here", "--address=127.0.0.1:1")
+    assert code == 2
+    assert "root = here: relative to this machine" in err
+
+
+def test_a_cluster_that_does_not_answer_is_told_with_what_to_look_at(
+    world, tmp_path, capfilt, corpus
+):
+    code, _, err = capfilt("run", "--address=127.0.0.1:1")
+    assert code == 2
+    assert "no Ray cluster answers at 127.0.0.1:1" in err
+    assert counts(corpus) == dict.fromkeys(chaos.FOLDERS, 0)
+
+
 def test_the_status_holds_the_command_that_continues(capfilt, corpus):
     capfilt("run", "--set=name=other-name")
     command = shlex.split(read_status(corpus.root, datetime.now(UTC)).run.command)
