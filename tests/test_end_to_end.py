@@ -46,8 +46,14 @@ def finish(root):
 
 
 def tree(root):
-    raw = root / "corpus" / "raw"
-    return {str(f.relative_to(raw)): f.read_bytes() for f in sorted(raw.rglob("*")) if f.is_file()}
+    """Return every committed file of all three stages."""
+    corpus = root / "corpus"
+    return {
+        str(f.relative_to(corpus)): f.read_bytes()
+        for stage in ("raw", "captions", "clean")
+        for f in sorted((corpus / stage).rglob("*"))
+        if f.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,7 @@ def test_every_row_ends_as_the_webs_truth_says(undisturbed):
         "laion": 900,
         "cc3m": 600,
         "human": 500,
+        "test": 200,
     }
     for each in sources.values():
         assert each["num_rows"] == each["num_kept"] + each["num_dropped"] + each["num_failed"]
@@ -70,7 +77,17 @@ def test_every_row_ends_as_the_webs_truth_says(undisturbed):
         assert each["num_obtainable"] == each["num_kept"]
     assert summary["faults"] == 0
     assert 0.35 < sources["laion"]["num_noisy"] / sources["laion"]["num_kept"] < 0.55
-    assert len(files) == 3 * 3
+    assert len(files) == 4 * (3 + 2 + 3)  # sources; files of raw, captions and clean shards
+
+
+def test_the_filter_finds_wrong_captions_and_the_report_is_there(undisturbed, tmp_path):
+    summary, _ = undisturbed
+    web = summary["filter"]["web"]
+    assert web["num_captions"] > 1000
+    assert web["auc"] > 0.55  # after a few dozen steps; the whole demo reaches 0.9
+    assert web["right_after"] is None or web["right_after"] > web["right_before"]
+    assert summary["filter"]["synthetic"]["num_captions"] == web["num_captions"]
+    assert Path(summary["report"]).read_text().startswith("<!doctype html>")
 
 
 def test_interrupted_killed_and_continued_ends_in_the_same_bytes(undisturbed, tmp_path):
@@ -83,15 +100,18 @@ def test_interrupted_killed_and_continued_ends_in_the_same_bytes(undisturbed, tm
     assert "the same command again" in out
     assert "Traceback" not in err
 
-    killed = start(root)
-    wait_for(root / "corpus" / "raw" / "laion" / "00000.json", killed)
-    killed.kill()
-    killed.communicate()
+    corpus = root / "corpus"
+    moments = ("raw/laion/00000.json", "train/med/export/capfilt.json", "captions/cc3m/00000.json")
+    for moment in moments:
+        killed = start(root)
+        wait_for(corpus / moment, killed)
+        killed.kill()
+        killed.communicate()
 
     summary = finish(root)
-    assert summary["run"]["shards_new"] <= 2
     assert summary["faults"] == 0
-    assert summary["sources"] == undisturbed[0]["sources"]
+    for part in ("sources", "filter"):
+        assert summary[part] == undisturbed[0][part]
     assert tree(root) == undisturbed[1]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
+import torch
 
 from jobs.ablate import Ablation, ablate
 from jobs.demo.behaviours import Delivery
@@ -127,6 +128,9 @@ def run_demo(folder: Path, *, is_quick: bool, should_stop: Callable[[], bool]) -
     """
     folder = folder.absolute()
     web = _build(folder / "web", WebConfig.quick() if is_quick else WebConfig())
+    # Models this small lose by sharing their work, and with one thread the same seed gives the same
+    # weights on machines of any size.
+    torch.set_num_threads(1)
     recipe = demo_recipe(folder / "corpus", web, is_quick=is_quick)
     try:
         server = web.serve()
