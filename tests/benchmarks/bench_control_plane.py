@@ -1,6 +1,6 @@
 """What a run costs besides its work, at the size of 129 million pairs: 12,900 shards of 10,000.
 
-    python tests/benchmarks/bench_control_plane.py [--shards 12900] [--s3-shards 12900]
+    python tests/benchmarks/bench_control_plane.py [--shards 12900] [--s3-shards 12900] [--cold]
 
 1. Shards that take no time, through the real board, driver, actors and heartbeat, on a Ray of its
    own: one stage, then a chain of three.
@@ -25,8 +25,9 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
+from jobs import catalogue
 from jobs.board import Board, StageBoard
-from jobs.catalogue import Catalogue
+from jobs.catalogue import Catalogue, Place
 from jobs.chain import limits_of
 from jobs.driver import work_on_ray
 from jobs.durable import driving
@@ -145,13 +146,23 @@ def fill(root: str, num_shards: int) -> None:
         Path(root, path).write_bytes(data)
 
 
+def remember(corpus: Corpus, num_shards: int) -> None:
+    """Leave behind what a run does that has made these shards, or read them once."""
+    memory = Catalogue(corpus)
+    memory.note(
+        (Place(each.stage, each.source, each.index), Commit.of(each))
+        for each in markers(num_shards)
+    )
+    memory.save()
+
+
 def scan(title: str, corpus: Corpus, num_shards: int) -> None:
     """Do what a resume does before it begins: look for debris, then read what exists."""
     started_at, cpu = time.monotonic(), time.process_time()
     tags = tidy(corpus)
     seen_at = time.monotonic()
-    catalogue = Catalogue.load(corpus, tags)
-    done = {folder: catalogue.of(folder, SOURCE) for _, folder in CHAIN}
+    memory = Catalogue.load(corpus, tags)
+    done = {folder: memory.of(folder, SOURCE) for _, folder in CHAIN}
     seconds, cpu = time.monotonic() - started_at, time.process_time() - cpu
     assert all(len(each) == num_shards for each in done.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -161,7 +172,7 @@ def scan(title: str, corpus: Corpus, num_shards: int) -> None:
         f"{peak:,.0f} MiB at most",
         flush=True,
     )
-    catalogue.save()
+    memory.save()
 
 
 def serve_s3(num_shards: int) -> None:
@@ -205,6 +216,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=12_900)
     parser.add_argument("--s3-shards", type=int, default=12_900)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cold", action="store_true", help="read every marker from S3 too")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:
@@ -218,8 +230,11 @@ def main() -> None:
         fill(folder, options.shards)
         scan("local disk", Corpus(folder), options.shards)
     with s3_corpus(options.s3_shards) as corpus:
-        scan("S3 on loopback, nothing remembered", corpus, options.s3_shards)
+        remember(corpus, options.s3_shards)
         scan("S3 on loopback, as after a run", corpus, options.s3_shards)
+        if options.cold:
+            corpus.store.remove(catalogue.FILE)
+            scan("S3 on loopback, nothing remembered", corpus, options.s3_shards)
 
 
 if __name__ == "__main__":
