@@ -289,7 +289,7 @@ def _demo_med() -> MedPreset:
             caption_start_id=128,
             match_start_id=129,
         ),
-        # Six hundred steps are too few for a momentum encoder: batches are compared with themselves.
+        # So few steps are nothing to a momentum encoder: batches are compared with themselves.
         objectives=MedObjectives(joint_width=64, queue_size=0, momentum=0.0),
         training=replace(_TINY_TRAINING, global_batch_size=32, peak_rate=2e-3, num_steps=600),
         fine_tuned_image_size=DEMO_VIT.image_size,

@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commit import ShardWriter
 from pipeline.corpus import Corpus
 from pipeline.ledger import LedgerWriter
+from pipeline.model_configs import ModelConfig
 from pipeline.record import ShardRecord
 from pipeline.runfile import ABSENT, flatten
 from pipeline.sample import ShardError, canonical_json
@@ -92,6 +94,25 @@ class ShardScore:
     is_new: bool
 
 
+def _named(
+    captioner: "Captioner | None", scorer: "Scorer | None"
+) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Yield what each model is called, beside the fingerprint of its weights.
+
+    Of a folder the last part: where it lies decides nothing, and is nobody's business.
+    """
+    configs: dict[str, ModelConfig | None] = {
+        "captioner": None if captioner is None else captioner.config,
+        "filter": None if scorer is None else scorer.config.filter,
+        "clip_model": None if scorer is None else scorer.config.clip,
+    }
+    for role, config in configs.items():
+        if config is not None:
+            path = Path(config.name)
+            name = path.name if path.is_dir() else config.name
+            yield role, {"name": name, "revision": config.revision}
+
+
 class ShardScorer:
     """Scores shards one at a time; run one per device."""
 
@@ -114,6 +135,7 @@ class ShardScorer:
         self._corpus = corpus
         self._config = config
         self._step = ModelStep(captioner, scorer, config, seed=seed)
+        self._models = dict(_named(captioner, scorer))
         self._watch = watch or Watch()
         self._batch: BatchSize | None = None
 
@@ -178,6 +200,7 @@ class ShardScorer:
         started_at = time.perf_counter()
         stats = {
             "content": self.content,
+            "models": self._models,
             "images": outcome.num_images,
             "images_scored": outcome.num_kept,
             "captions": dict(sorted(outcome.captions.items())),

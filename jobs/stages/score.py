@@ -84,12 +84,14 @@ class ScoreStage:
             if self.captioner is not None:
                 found = stack.enter_context(found_model(self.captioner, self.root, "captioner"))
                 captioner = Captioner.load(found, seed=self.seed, device=device, dtype=dtype)
+                captioner.config = self.captioner  # as the recipe calls it
             if self.scorer is not None:
                 models = self.scorer
                 if models.filter is not None:
                     own = stack.enter_context(found_model(models.filter, self.root, "filter"))
                     models = models.model_copy(update={"filter": own})
                 scorer = Scorer.load(models, device=device, dtype=dtype)
+                scorer.config = self.scorer
         except (ModelError, CheckpointError) as error:
             raise UserError(str(error)) from error
         return captioner, scorer
