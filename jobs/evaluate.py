@@ -94,7 +94,11 @@ def _measure(
         figures |= _retrieval(model.retriever, pairs, config)
     if model.writer is not None:
         captions = _captions(model.writer, pairs, config.batch_size)
-        quality = caption_quality(captions, pairs.references())
+        references = pairs.references()
+        try:
+            quality = caption_quality(captions, references, uses_java=config.uses_java)
+        except ValueError as error:
+            raise UserError(f"evaluation: {error}") from error
         figures |= quality.figures
         about["words_split_by"] = quality.tokenizer
     return Evaluation(stage, figures, tuple(captions), pairs.keys, about)

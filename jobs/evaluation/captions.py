@@ -1,7 +1,7 @@
-"""How close generated captions come to what people said: BLEU-4 and CIDEr, METEOR where Java is.
+"""How close generated captions come to what people said: BLEU-4 and CIDEr, METEOR by Java.
 
 The metrics are pycocoevalcap's, those of the COCO server. Its tokenizer is Java; without it, words
-are split here by the same punctuation, and the result says so.
+are split here by much the same punctuation, and the result says so.
 """
 
 import re
@@ -22,40 +22,44 @@ class CaptionQuality:
     tokenizer: str
 
 
-def caption_quality(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionQuality:
+def caption_quality(
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, uses_java: bool = False
+) -> CaptionQuality:
     """Compare one caption an image with its references.
 
     Figures are fractions as pycocoevalcap gives them (papers print them times 100); CIDEr is from 0
-    to 10. Raises ValueError for other lengths, and for an image without a reference.
+    to 10. Raises ValueError for other lengths, for an image without a reference, and where Java is
+    asked for and missing.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
 
     if len(captions) != len(references) or not all(references):
         raise ValueError("every caption needs references, one list for each")
-    has_java = shutil.which("java") is not None
-    said, given = _split(captions, references, has_java=has_java)
+    if uses_java and shutil.which("java") is None:
+        raise ValueError("uses_java is set and there is no `java`; install one or leave it out")
+    said, given = _split(captions, references, uses_java=uses_java)
     bleu, _ = Bleu(4).compute_score(given, said, verbose=0)
     cider, by_image = Cider().compute_score(given, said)
     figures = {"BLEU-4": float(bleu[3]), "CIDEr": float(cider)}
-    if has_java:
+    if uses_java:
         from pycocoevalcap.meteor.meteor import Meteor
 
         figures["METEOR"] = float(Meteor().compute_score(given, said)[0])
     return CaptionQuality(
         figures,
         tuple(float(each) for each in by_image),
-        tokenizer="Stanford PTB" if has_java else "words and apostrophes",
+        tokenizer="Stanford PTB" if uses_java else "words and apostrophes",
     )
 
 
 def _split(
-    captions: Sequence[str], references: Sequence[Sequence[str]], *, has_java: bool
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, uses_java: bool
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """Return captions and references by image, words apart by one space."""
     said = {number: [text] for number, text in enumerate(captions)}
     given = {number: list(texts) for number, texts in enumerate(references)}
-    if has_java:
+    if uses_java:
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
         split: Any = PTBTokenizer().tokenize

@@ -23,6 +23,11 @@ class EvaluationConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=64, description="Images or texts at a time; decides no figure."
     )
+    uses_java: bool = Field(
+        default=False,
+        description="Split words as the COCO server does and give METEOR too; both are Java, which "
+        "has to be there. Without, figures are the same on every machine.",
+    )
     max_images: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="Look at the first so many images only."
     )

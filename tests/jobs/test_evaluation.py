@@ -71,6 +71,20 @@ def test_case_and_punctuation_do_not_matter():
     assert caption_quality(["A red STAR on a wall!", "a heart."], references).cider == plain.cider
 
 
+@pytest.mark.slow  # starts four Java machines
+def test_java_splits_words_as_the_coco_server_does_and_gives_meteor():
+    references = [["a red star, on a wall"], ["a heart"]]
+    found = caption_quality(["a red star on a wall", "a heart"], references, uses_java=True)
+    assert found.figures["METEOR"] > 0.5
+    assert found.tokenizer == "Stanford PTB"
+
+
+def test_java_that_is_asked_for_and_missing_is_said_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="there is no `java`"):
+        caption_quality(["a star"], [["a star"]], uses_java=True)
+
+
 def test_a_caption_without_a_reference_is_refused():
     with pytest.raises(ValueError, match="needs references"):
         caption_quality(["a star"], [[]])
