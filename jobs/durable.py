@@ -225,7 +225,7 @@ def _take(corpus: Corpus, status: RunStatus) -> bytes:
     for _ in range(10):  # whoever comes between is looked at anew
         found = store.read(FILE)
         if found is None:
-            if store.create(FILE, data):
+            if _create(store, data):
                 return data
             continue
         _refuse_living(corpus, found)
@@ -251,10 +251,11 @@ def _refuse_living(corpus: Corpus, found: bytes) -> None:
 
 
 def _tidy(store: Store) -> None:
-    """Remove what drivers that died while writing left beside the file."""
-    for name in store.list(FOLDER).sizes:
-        if name.startswith(".status.json."):
-            store.remove(f"{FOLDER}/{name}")
+    """Remove what drivers that died while writing left beside the file; not what lives."""
+    with store.locked(FOLDER):
+        for name in store.list(FOLDER).sizes:
+            if name.startswith(".status.json."):
+                store.remove(f"{FOLDER}/{name}")
 
 
 class Heart:
@@ -320,9 +321,14 @@ class Heart:
         elif self._store.read(FILE) is not None:
             _log.warning("%s: another driver has taken over this corpus", self._store.url)
             self._is_lost.set()
-        elif self._store.create(FILE, data):
+        elif _create(self._store, data):
             _log.warning("%s/%s was deleted; it was written anew", self._store.url, FILE)
             self._data = data
+
+
+def _create(store: Store, data: bytes) -> bool:
+    with store.locked(FOLDER):
+        return store.create(FILE, data)
 
 
 def _swap(store: Store, expected: bytes, data: bytes) -> bool:

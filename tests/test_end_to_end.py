@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 CAPFILT = str(Path(sys.executable).with_name("capfilt"))
-DEADLINE_SECONDS = 240
+DEADLINE_SECONDS = 400
 
 
 def demo(root, *options):
