@@ -33,8 +33,6 @@ _POLICIES: dict[Arm, Policy] = {
     "filtered": Policy.FILTER_ONLY,
     "captioned": Policy.CAPTION_ONLY,
 }
-Measure = Callable[[Recipe, str], dict[str, float]]
-"""Further figures of a trained arm's captions; called with the arm's recipe and its root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +92,10 @@ class Ablation:
         return "\n".join(lines)
 
 
-def ablate(
-    recipe: Recipe, should_stop: Callable[[], bool], *, measure: Measure | None = None
-) -> Ablation | None:
+def ablate(recipe: Recipe, should_stop: Callable[[], bool]) -> Ablation | None:
     """Train and measure every arm; None when it was stopped first. The same call goes on.
 
-    `measure` gives figures beside those of `evaluate`. Raises UserError where something is missing.
+    Raises UserError where something is missing.
     """
     if recipe.training is None or recipe.evaluation is None:
         raise UserError("an ablation asks for the sections `training` and `evaluation`; add them")
@@ -116,8 +112,7 @@ def ablate(
             card = pretrain(training_job(own, config.stage), should_stop)
             if card is None:
                 return None
-            found = evaluate(own, config.stage, pairs_of=corpus).figures
-            figures.append(found | (measure(own, own.root) if measure else {}))
+            figures.append(evaluate(own, config.stage, pairs_of=corpus).figures)
         by_name = {name: tuple(each[name] for each in figures) for name in figures[0]}
         results.append(ArmResult(arm, num_captions, by_name))
     steps = recipe.training.of(config.stage).num_steps

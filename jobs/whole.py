@@ -1,7 +1,8 @@
-"""The whole job, in order: download, train captioner and filter, score, select, train BLIP-2.
+"""From URLs to clean shards, in order: download, train captioner and filter, score, select.
 
 Every step is there already or is made, so the same call continues wherever it ended. A recipe that
-names published captioner and filter needs no training in between, and its stages overlap.
+names published captioner and filter needs no training in between, and its stages overlap. BLIP-2
+itself is trained on the result by `capfilt pretrain`.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def run_whole(
     address: str | None = None,
     command: str = "",
 ) -> RunSummary:
-    """Do all that a recipe asks for and return what the data stages came to.
+    """Make the corpus that a recipe asks for and return what the data stages came to.
 
     Raises UserError, and whatever a stage of training raises.
     """

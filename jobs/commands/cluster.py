@@ -72,9 +72,9 @@ def run_submitted(
     wait_for_silence(open_corpus(loaded.root), threading.Event())
 
     def work(should_stop: Callable[[], bool]) -> "RunSummary":
-        from jobs import run as jobs_run
+        from jobs.whole import run_whole
 
-        return jobs_run.run(loaded, should_stop, command=again)
+        return run_whole(loaded, should_stop, command=again)
 
     finish(work, again, as_json=False)
 

@@ -19,7 +19,7 @@ from jobs.demo.plan import WebConfig
 from jobs.demo.web import build_web
 from jobs.errors import UserError
 from jobs.evaluate import evaluate
-from jobs.recipe import load_recipe
+from jobs.recipe import dump_recipe, load_recipe
 from jobs.stages.stages import untrained
 from jobs.whole import run_whole, train
 from model.checkpoints import load_captioner, load_filter, load_stage1
@@ -135,6 +135,15 @@ def test_arms_are_trained_alike_on_images_that_are_linked(done, recipe):
     written = json.loads(Path(recipe.root, "report", "ablation.json").read_text())
     assert [row["arm"] for row in written["rows"]] == ["web", "capfilt"]
     assert ablate(recipe, never).to_json() == found.to_json()  # nothing is trained twice
+
+
+def test_a_submitted_run_trains_its_own_models_too(web, recipe, tmp_path):
+    elsewhere = recipe.model_copy(update={"root": str(tmp_path / "corpus")})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(elsewhere))
+    with web.serve():
+        assert capfilt("run-submitted", tmp_path / "recipe.yaml", "--again", "as typed") == 0
+    assert untrained(elsewhere) == []
+    assert Corpus(elsewhere.root).shards("clean", "laion")
 
 
 def test_an_arms_policy_is_the_one_it_is_named_for(recipe):
