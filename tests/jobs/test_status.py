@@ -16,7 +16,9 @@ from jobs.durable import FILE, Driver, FailedShard, RunStatus, StageStatus
 from jobs.errors import UserError
 from jobs.status import read_status, status_text
 
-NOW = datetime.now(UTC)
+
+def now():
+    return datetime.now(UTC)
 
 
 def write_status(root, **changes):
@@ -24,8 +26,8 @@ def write_status(root, **changes):
         "name": "pets",
         "command": "capfilt submit pets.yaml",
         "driver": Driver(id="1", who="ann@far, process 7", machine="far away", pid=7),
-        "started_at": NOW - timedelta(hours=3),
-        "heartbeat_at": NOW - timedelta(seconds=5),
+        "started_at": now() - timedelta(hours=3),
+        "heartbeat_at": now() - timedelta(seconds=5),
         "heartbeat_seconds": 10,
         "stale_seconds": 60,
         "stages": (
@@ -94,9 +96,9 @@ def root(request, tmp_path):
 def test_what_exists_is_counted_now_and_not_when_the_driver_last_wrote(root):
     write_status(root)
     write_markers(root, 3)
-    status = read_status(root, NOW)
+    status = read_status(root, now())
     assert [(made.folder, made.num_shards) for made in status.made] == [("raw", 3)]
-    assert abs(status.made[0].last_commit - NOW) < timedelta(minutes=2)
+    assert abs(status.made[0].last_commit - now()) < timedelta(minutes=2)
     text = status_text(root)
     assert "run pets: running" in text
     assert "raw (download)    3/40" in text
@@ -108,7 +110,7 @@ def test_what_exists_is_counted_now_and_not_when_the_driver_last_wrote(root):
 
 
 def test_a_driver_that_fell_silent_has_died_and_its_rate_is_not_shown(root):
-    write_status(root, heartbeat_at=NOW - timedelta(hours=1))
+    write_status(root, heartbeat_at=now() - timedelta(hours=1))
     write_markers(root, 3)
     text = status_text(root)
     assert "run pets: died" in text
@@ -123,12 +125,12 @@ def test_a_driver_of_this_machine_that_is_gone_has_died_at_once(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     write_status(str(tmp_path), driver=Driver.model_validate_json(done.stdout))
-    assert read_status(str(tmp_path), NOW).state == "died"
+    assert read_status(str(tmp_path), now()).state == "died"
 
 
 @pytest.mark.parametrize("condition", ["done", "stopped", "some shards failed", "broken off"])
 def test_a_run_that_ended_says_how(root, condition):
-    write_status(root, condition=condition, heartbeat_at=NOW - timedelta(days=9))
+    write_status(root, condition=condition, heartbeat_at=now() - timedelta(days=9))
     text = status_text(root)
     assert f"run pets: {condition}" in text
     assert ("to continue" in text) == (condition != "done")

@@ -106,6 +106,8 @@ def test_a_variable_that_would_override_the_address_is_named(monkeypatch, name):
 
 
 def test_a_token_file_that_is_not_there_is_named(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(UserError, match="RAY_AUTH_TOKEN_PATH: .*token: No such file"):
         JobServer("http://127.0.0.1:9")

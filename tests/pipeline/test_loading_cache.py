@@ -1,8 +1,10 @@
 """Copies of a remote corpus's shards: made once, in bounds, gone after crashes, found ahead."""
 
+import fcntl
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -94,8 +96,7 @@ def test_many_readers_stay_within_the_bound(remote, tmp_path):
     def watch():
         nonlocal largest
         while not is_over.wait(0.001):
-            with_sizes = [entry.stat().st_size for entry in scan(tmp_path)]
-            largest = max(largest, sum(with_sizes))
+            largest = max(largest, bytes_on_disk(tmp_path))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -107,17 +108,17 @@ def test_many_readers_stay_within_the_bound(remote, tmp_path):
     assert 0 < largest <= cache.max_bytes
 
 
-def scan(folder):
-    """Return the copies and copies in the making that are there; they come and go."""
-    found = []
-    for path in Path(folder).iterdir():
-        if path.suffix not in (".claim", ".lock") and path.name != ".lock":
-            try:
-                path.stat()
-            except FileNotFoundError:
-                continue
-            found.append(path)
-    return found
+def bytes_on_disk(folder):
+    """Return what copies and copies in the making take, at one moment: nobody deletes meanwhile."""
+    sizes = {}
+    with open(Path(folder, ".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in Path(folder).iterdir():
+            if path.suffix != ".claim" and path.name != ".lock":
+                with suppress(FileNotFoundError):  # it has just got its name, under which it counts
+                    status = path.stat()
+                    sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def test_what_a_crash_left_behind_is_cleared(remote, tmp_path):
