@@ -7,8 +7,8 @@ own below `<root>/ablation`, with the images of the first by hard link.
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.corpus_root import open_corpus
@@ -82,9 +82,16 @@ class Ablation:
             "stage": self.stage,
         }
 
-    def text(self) -> str:
-        """Return the table for people."""
-        names = list(self.results[0].figures)
+    def with_figure(self, name: str, values: Mapping[Arm, tuple[float, ...]]) -> "Ablation":
+        """Return the comparison by one more figure, a number a seed for each arm."""
+        results = tuple(
+            replace(each, figures=each.figures | {name: values[each.arm]}) for each in self.results
+        )
+        return replace(self, results=results)
+
+    def text(self, names: Sequence[str] = ()) -> str:
+        """Return the table for people, of these figures or of all."""
+        names = names or list(self.results[0].figures)
         lines = [f"{'arm':<11}{'captions':>9}" + "".join(f"{name:>17}" for name in names)]
         for each in self.results:
             figures = "".join(f"{_with_spread(each.figures[name]):>17}" for name in names)
@@ -117,8 +124,13 @@ def ablate(recipe: Recipe, should_stop: Callable[[], bool]) -> Ablation | None:
         results.append(ArmResult(arm, num_captions, by_name))
     steps = recipe.training.of(config.stage).num_steps
     done = Ablation(config.stage, steps, config.seeds, tuple(results))
-    _write(corpus, done)
+    write_ablation(corpus, done)
     return done
+
+
+def arm_root(recipe: Recipe, arm: Arm, seed: int) -> str:
+    """Return where one training of an arm has its corpus and its model."""
+    return f"{recipe.root}/ablation/{arm}-{seed}"
 
 
 def arm_policy(recipe: Recipe, arm: Arm) -> SelectConfig:
@@ -147,7 +159,7 @@ def _arm_recipe(recipe: Recipe, arm: Arm, seed: int) -> Recipe:
     return recipe.model_copy(
         update={
             "sources": tuple(each for each in recipe.sources if each.name in names),
-            "root": f"{recipe.root}/ablation/{arm}-{seed}",
+            "root": arm_root(recipe, arm, seed),
             "seed": seed,
             "select": arm_policy(recipe, arm),
             "training": training,
@@ -157,10 +169,7 @@ def _arm_recipe(recipe: Recipe, arm: Arm, seed: int) -> Recipe:
 
 def _fill(recipe: Recipe, own: Recipe, arm: Arm, corpus: Corpus) -> int:
     """Give an arm its clean shards; return how many captions they have."""
-    target, first = (
-        open_corpus(own.root),
-        f"{recipe.root}/ablation/{arm}-{recipe.ablation.seeds[0]}",
-    )
+    target, first = open_corpus(own.root), arm_root(recipe, arm, recipe.ablation.seeds[0])
     is_first = own.root == first
     selector = Selector(target, own.select or SelectConfig(), replaces_other_policy=True)
     num_captions = 0
@@ -209,7 +218,8 @@ def _with_spread(values: Sequence[float], sign: str = "") -> str:
     return f"{mean:{sign}.3f}{spread}"
 
 
-def _write(corpus: Corpus, done: Ablation) -> None:
+def write_ablation(corpus: Corpus, done: Ablation) -> None:
+    """Put the comparison where the report looks for it."""
     corpus.store.make_folder("report")
     corpus.store.remove(RESULT)
     corpus.store.create(RESULT, json.dumps(done.to_json(), indent=1).encode())

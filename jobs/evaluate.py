@@ -76,6 +76,16 @@ def evaluate(recipe: Recipe, stage: Stage, *, pairs_of: Corpus | None = None) ->
     return done
 
 
+def read_captions(store: Store, stage: Stage) -> dict[str, str]:
+    """Return what an evaluated model said of each held-out image, by key; raises UserError."""
+    path = f"{stage_folder(stage)}/{RESULT}"
+    data = store.read(path)
+    if data is None:
+        raise UserError(f"{store.full(path)} is not there: capfilt evaluate writes it")
+    captions: dict[str, str] = json.loads(data)["captions"]
+    return captions
+
+
 @torch.no_grad()
 def _measure(
     stage: Stage, model: Evaluable, pairs: HeldOut, config: EvaluationConfig, fingerprint: str

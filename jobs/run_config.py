@@ -12,6 +12,7 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 _Count = Annotated[int, Field(ge=1, le=100_000)]
 _Share = Annotated[float, Field(ge=0, le=4096, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Until = Literal["select", "stage1", "stage2"]
 
 
 class PoolConfig(BaseModel):
@@ -49,6 +50,11 @@ class RunConfig(BaseModel):
     engine: Literal["auto", "local", "ray"] = "auto"
     """`local` works in the one process, `ray` in actors; `auto` takes Ray for several workers or a
     cluster's address, because starting it takes longer than many a small run."""
+    until: Until = "stage2"
+    """How far `capfilt run` goes: `select` ends with the clean corpus; the stages of BLIP-2 that
+    `training` has a section for follow."""
+    has_report: bool = True
+    """Whether a run writes the report once the corpus is clean."""
     workers: _Count = 1
     """Actors that each stage may have, unless its own `max_actors` says otherwise."""
     download: PoolConfig = PoolConfig()

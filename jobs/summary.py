@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.training.config import Stage
 from jobs.watching import Watching
 from pipeline.download_outcome import DownloadOutcome
 
@@ -40,6 +41,10 @@ class RunSummary:
     """How often each exception of our own code was met."""
     warnings: tuple[str, ...] = ()
     is_stopped: bool = False
+    report: str | None = None
+    """The page to look at."""
+    models: dict[Stage, dict[str, float]] = field(default_factory=dict)
+    """What was trained on the clean corpus, and its figures on what none has seen."""
 
     @classmethod
     def of(cls, watching: Watching) -> "RunSummary":
@@ -103,6 +108,11 @@ class RunSummary:
         for stage in self.stages:
             title = f"{stage.stage}: " if len(self.stages) > 1 else ""
             yield f"{title}{stage.num_done:,} shards done, {stage.num_new:,} of them now"
+        if self.report:
+            yield f"the report: {self.report}"
+        for model, figures in self.models.items():
+            found = "".join(f", {name} {value:.3f}" for name, value in figures.items())
+            yield f"{model}: trained{found}"
         if self.failures:
             yield f"{len(self.failures):,} shards failed; to try them again: {again}"
         if self.is_stopped:
@@ -125,6 +135,8 @@ class RunSummary:
             "stages": {stage.stage: _to_json(stage) for stage in self.stages},
             "bugs": self.bugs,
             "warnings": list(self.warnings),
+            "report": self.report,
+            "models": self.models,
         }
 
 

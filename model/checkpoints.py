@@ -193,6 +193,23 @@ def save_stage2(model: Stage2, folder: Path, *, image_token_id: int | None = Non
     _save_blip2(model, config, STAGE2_TRANSFORMERS, {}, folder)
 
 
+def image_token(llm: PreTrainedConfig, num_tokens: int) -> int:
+    """Return the id that marks an image: the converted models', or one that no text has.
+
+    `num_tokens` is how many ids the tokenizer gives. Raises ValueError when it gives them all.
+    """
+    known = _IMAGE_TOKENS.get((llm.model_type, llm.vocab_size))
+    if known is not None:
+        return known
+    if llm.vocab_size <= num_tokens:
+        raise ValueError(
+            f"its tokenizer has {num_tokens} tokens and the model a vocabulary of "
+            f"{llm.vocab_size}: transformers' Blip2 marks an image by an id that no text has; "
+            "enlarge the model's embeddings by one (resize_token_embeddings)"
+        )
+    return int(llm.vocab_size) - 1
+
+
 def _config(folder: Path, kind: type[Config]) -> Config:
     """Return config.json of a folder, with transformers' defaults for what it leaves out."""
     expected, found = kind.model_type, read_json(folder / "config.json").get("model_type")

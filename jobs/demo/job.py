@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -12,23 +12,26 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 import torch
 
-from jobs.ablate import Ablation, ablate
+from jobs.ablate import Ablation, ablate, arm_root, write_ablation
 from jobs.demo.behaviours import Delivery
-from jobs.demo.judge import HEADER, FilterQuality, judge_filter
+from jobs.demo.judge import HEADER, FilterQuality, exact_share, judge_filter
 from jobs.demo.noise import Noise
 from jobs.demo.plan import PlannedImage, WebConfig
 from jobs.demo.web import SyntheticWeb, build_web
 from jobs.errors import UserError
+from jobs.evaluate import read_captions
 from jobs.progress import stage_meter
 from jobs.recipe import Recipe, load_recipe
 from jobs.summary import SOME_FAILED, RunSummary
+from jobs.training.config import Stage
 from jobs.whole import run_whole
 from pipeline.corpus import Corpus
 from pipeline.download import STAGE
 from pipeline.report.build import build_report
 from pipeline.verify import Severity, verify
 
-_QUICK_STEPS = {"med": 150, "captioner": 60, "filter": 60}
+_QUICK_STEPS = {"med": 150, "captioner": 60, "filter": 60, "stage1": 60, "stage2": 40}
+_SHOWN = ("TR@1", "IR@1", "CIDEr", "exact")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class DemoSummary:
             },
             "faults": self.num_faults,
             "filter": {name: asdict(each) for name, each in self.filter.items()},
+            "models": self.run.models,
             "proof": None if self.proof is None else self.proof.to_json(),
             "report": self.report,
         }
@@ -108,17 +112,24 @@ class DemoSummary:
                 *(each.text(name) for name, each in self.filter.items()),
                 "right: all that a caption states is true of its picture; wrong found: how many of",
                 "the wrong ones are dropped; drops right: how many of those dropped are wrong.",
-                *self._proof(),
+                *self._models(),
                 "",
                 f"{self.num_faults:,} faults in the corpus (capfilt verify {self.root})",
                 f"the report: {self.report}",
             ]
         )
 
-    def _proof(self) -> list[str]:
-        if self.proof is None:
-            return []
-        return ["", "The same small model trained on each, equal steps:", self.proof.text()]
+    def _models(self) -> Iterator[str]:
+        """Yield what was learned: by the same small model on each arm, and by BLIP-2."""
+        if self.proof is not None:
+            yield from ("", "The same small model trained on each, equal steps:")
+            yield self.proof.text(_SHOWN)
+        if self.run.models:
+            yield from ("", "BLIP-2 on the clean corpus:")
+        for stage, figures in self.run.models.items():
+            found = (f"{name} {figures[name]:.3f}" for name in _SHOWN if name in figures)
+            yield f"{stage:<11}{', '.join(found)}"
+        yield "exact: captions of unseen pictures that name every object and state nothing wrong."
 
 
 def run_demo(folder: Path, *, is_quick: bool, should_stop: Callable[[], bool]) -> DemoSummary:
@@ -152,7 +163,7 @@ def _summarise(
     *,
     is_quick: bool,
 ) -> DemoSummary:
-    """Prove, judge by the truth, and write the report, once all shards are there."""
+    """Prove, judge by the truth, and write the report, once all is there."""
     corpus, truth = Corpus(recipe.root), web.truth()
     if done.exit_code:
         return DemoSummary(corpus.root, done, (), 0, {}, None, None)
@@ -160,15 +171,45 @@ def _summarise(
     if proof is None and not is_quick:
         stopped = replace(done, is_stopped=True)
         return DemoSummary(corpus.root, stopped, (), 0, {}, None, None)
+    if proof is not None:
+        proof = _with_exact(recipe, proof, truth)
+        write_ablation(corpus, proof)
     return DemoSummary(
         root=corpus.root,
-        run=done,
+        run=replace(done, models=_models(recipe, done, truth)),
         sources=_compare(recipe, corpus, truth),
         num_faults=sum(fault.severity is Severity.FAULT for fault in verify(corpus)),
         filter=judge_filter(corpus, truth, recipe.select.itm_threshold if recipe.select else 0.5),
         proof=proof,
         report=build_report(corpus).page,
     )
+
+
+def _models(
+    recipe: Recipe, done: RunSummary, truth: dict[str, PlannedImage]
+) -> dict[Stage, dict[str, float]]:
+    return {
+        stage: figures | {"exact": _exact(recipe, recipe.root, stage, truth)}
+        for stage, figures in done.models.items()
+    }
+
+
+def _with_exact(recipe: Recipe, proof: Ablation, truth: dict[str, PlannedImage]) -> Ablation:
+    stage = recipe.ablation.stage
+    values = {
+        each.arm: tuple(
+            _exact(recipe, arm_root(recipe, each.arm, seed), stage, truth) for seed in proof.seeds
+        )
+        for each in proof.results
+    }
+    return proof.with_figure("exact", values)
+
+
+def _exact(recipe: Recipe, root: str, stage: Stage, truth: dict[str, PlannedImage]) -> float:
+    """Return the share of exact captions of the model that a stage trained below `root`."""
+    assert recipe.evaluation is not None
+    said = read_captions(Corpus(root).store, stage)
+    return exact_share(said, Corpus(recipe.root), recipe.evaluation.source, truth)
 
 
 def demo_recipe(root: Path, web: SyntheticWeb, *, is_quick: bool = False) -> Recipe:
@@ -181,6 +222,7 @@ def demo_recipe(root: Path, web: SyntheticWeb, *, is_quick: bool = False) -> Rec
     overrides += [f"root={str(root)!r}", f"fetch.allowed_ports=[{web.port}]"]
     weights = str(files("jobs") / "demo" / "encoder_weights")
     overrides += [f"training.{stage}.image_encoder={weights!r}" for stage in ("med", "stage1")]
+    overrides += [f"training.stage2.llm={str(files('jobs') / 'demo' / 'llm_weights')!r}"]
     if is_quick:
         overrides += [f"training.{stage}.num_steps={n}" for stage, n in _QUICK_STEPS.items()]
     return load_recipe(str(files("jobs") / "recipes" / "demo.yaml"), overrides)

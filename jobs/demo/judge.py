@@ -1,4 +1,4 @@
-"""How good the demo's filter and captioner are, by the truth that neither of them has seen."""
+"""How good the demo's filter and captions are, by the truth that no model has seen."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from jobs.demo.caption_check import check_caption
 from jobs.demo.plan import PlannedImage
 from jobs.evaluation.matching import area_under_curve
 from pipeline.corpus import Corpus
+from pipeline.record import ShardRecord
 
 _COLUMNS = ["url", "origin", "text", "itm"]
 
@@ -66,10 +67,31 @@ def judge_filter(
     }
 
 
+def exact_share(
+    said: Mapping[str, str], corpus: Corpus, source: str, truth: Mapping[str, PlannedImage]
+) -> float:
+    """Return the share of captions, by key, that name every object and state nothing wrong.
+
+    `corpus` and `source` are where the images lie.
+    """
+    right = [
+        check_caption(said[row["key"]], truth[urlsplit(row["url"]).path].scene).is_exact
+        for record in corpus.shards("raw", source)
+        for row in _table(corpus, record, ["key", "url"])
+        if row["key"] in said
+    ]
+    return float(np.mean(right))
+
+
 def _rows(corpus: Corpus) -> Iterator[dict[str, Any]]:
     for record in corpus.shards("captions"):
-        with corpus.open(record, "parquet") as stream:
-            yield from pq.read_table(stream, columns=_COLUMNS).to_pylist()
+        yield from _table(corpus, record, _COLUMNS)
+
+
+def _table(corpus: Corpus, record: ShardRecord, columns: list[str]) -> list[dict[str, Any]]:
+    with corpus.open(record, "parquet") as stream:
+        rows: list[dict[str, Any]] = pq.read_table(stream, columns=columns).to_pylist()
+    return rows
 
 
 def _quality(scores: Any, is_right: Any, threshold: float) -> FilterQuality:  # noqa: ANN401

@@ -15,7 +15,7 @@ from jobs.training.gates import Expectations
 from jobs.training.objectives import Batch, Look, Moment
 from jobs.training.texts import TextTokenizer, save_tokenizer
 from model import lavis_files
-from model.checkpoints import save_stage1, save_stage2
+from model.checkpoints import image_token, save_stage1, save_stage2
 from model.generation import DecodingConfig, greedy, qformer_decoder
 from model.llm import LlmDecodingConfig
 from model.llm_text import (
@@ -141,12 +141,16 @@ class Stage2Objective:
         seed: int,
         alarm_after: int,
     ) -> None:
-        """`seed` decides where captions are split for an encoder-decoder."""
+        """`seed` decides where captions are split for an encoder-decoder.
+
+        Raises ValueError for a language model that could not be exported once it is trained.
+        """
         self.model: nn.Module = model
         self._stage2 = model
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._seed = seed
+        self._image_token = _image_token(model, len(tokenizer.tokenizer))
         self.expected = Expectations(after_steps=alarm_after)
 
     def read_texts(
@@ -187,17 +191,18 @@ class Stage2Objective:
         """Write what Blip2ForConditionalGeneration loads, the language model included."""
         model = self._stage2
         if _fits_transformers(model):
-            save_stage2(model, folder, image_token_id=self._image_token())
+            save_stage2(model, folder, image_token_id=self._image_token)
         else:
             lavis_files.save_stage2(model, folder / LAVIS_FILE)
         write_processor(folder, _image_size(model))
         self._tokenizer.tokenizer.save_pretrained(str(folder))
 
-    def _image_token(self) -> int | None:
-        """Return an id that no text has; None for the LLMs whose converted models have one."""
-        size = self._stage2.llm.model.config.vocab_size
-        is_free = size > len(self._tokenizer.tokenizer)
-        return size - 1 if is_free and size not in (50272, 50304, 32128) else None
+
+def _image_token(model: Stage2, num_tokens: int) -> int | None:
+    """Return the id that marks an image in transformers' folder, or None for LAVIS's."""
+    if not _fits_transformers(model):
+        return None
+    return image_token(model.llm.model.config, num_tokens)
 
 
 def _export_stage1(model: Stage1, folder: Path) -> None:

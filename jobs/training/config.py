@@ -220,11 +220,13 @@ class TrainingConfig(BaseModel):
     )
     stage1: StageConfig = Field(
         default_factory=StageConfig,
-        description="BLIP-2's first stage: image encoder and Q-Former.",
+        description="BLIP-2's first stage: image encoder and Q-Former. "
+        "`capfilt run` trains it when a recipe has this section.",
     )
     stage2: StageConfig = Field(
         default_factory=StageConfig,
-        description="BLIP-2's second stage: Q-Former and language model.",
+        description="BLIP-2's second stage: Q-Former and language model. "
+        "`capfilt run` trains it when a recipe has this section.",
     )
 
     def of(self, stage: Stage) -> StageConfig:

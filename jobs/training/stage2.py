@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -42,13 +43,16 @@ def build_stage2(
     model.load_stage1(stage1)
     tower = {n.removeprefix(_TOWER): t for n, t in stage1.items() if n.startswith(_TOWER)}
     load_strictly(cast(ImageEncoder, model.image_encoder), tower, source="stage 1's image encoder")
-    objective = Stage2Objective(
-        model,
-        tokenizer,
-        max_tokens=max_tokens,
-        seed=job.seed,
-        alarm_after=job.config.watch.alarm_after_steps,
-    )
+    try:
+        objective = Stage2Objective(
+            model,
+            tokenizer,
+            max_tokens=max_tokens,
+            seed=job.seed,
+            alarm_after=job.config.watch.alarm_after_steps,
+        )
+    except ValueError as error:
+        raise UserError(f"training.stage2.llm = {job.section.llm!r}: {error}") from error
     frozen = {
         "image_encoder": fingerprint_tensors(model.image_encoder.state_dict().items()),
         "llm": fingerprint_tensors(llm.state_dict().items()),
@@ -65,6 +69,7 @@ def _language_model(
         llm = preset.llm.build(has_dropout=section.has_llm_dropout)
         tokenizer = _byte_tokenizer()
     else:
+        transformers.logging.disable_progress_bar()  # this software's own says what is going on
         try:
             llm = load_llm(
                 name, dtype=dtype or preset.llm.dtype, has_dropout=section.has_llm_dropout
