@@ -12,6 +12,13 @@ import pytest
 
 CAPFILT = str(Path(sys.executable).with_name("capfilt"))
 DEADLINE_SECONDS = 400
+MOMENTS = (
+    "raw/laion/00000.json",
+    "train/med/export/capfilt.json",
+    "captions/cc3m/00000.json",
+    "clean/cc3m/00000.json",
+    "train/stage2",
+)
 
 
 def demo(root, *options):
@@ -20,7 +27,12 @@ def demo(root, *options):
 
 def start(root):
     return subprocess.Popen(
-        demo(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root.parent
+        demo(root),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root.parent,
+        start_new_session=True,
     )
 
 
@@ -90,6 +102,13 @@ def test_the_filter_finds_wrong_captions_and_the_report_is_there(undisturbed, tm
     assert Path(summary["report"]).read_text().startswith("<!doctype html>")
 
 
+def test_blip2_is_trained_on_the_clean_corpus_and_measured(undisturbed):
+    models = undisturbed[0]["models"]
+    assert set(models["stage1"]) >= {"TR@1", "IR@1", "CIDEr", "exact"}
+    assert models["stage1"]["TR@1"] > 0.01  # 200 pictures: chance is .005
+    assert models["stage2"]["CIDEr"] > 0.1  # by the language model, which sees through queries
+
+
 def test_interrupted_killed_and_continued_ends_in_the_same_bytes(undisturbed, tmp_path):
     root = tmp_path / "demo"
     interrupted = start(root)
@@ -101,16 +120,15 @@ def test_interrupted_killed_and_continued_ends_in_the_same_bytes(undisturbed, tm
     assert "Traceback" not in err
 
     corpus = root / "corpus"
-    moments = ("raw/laion/00000.json", "train/med/export/capfilt.json", "captions/cc3m/00000.json")
-    for moment in moments:
+    for moment in MOMENTS:
         killed = start(root)
         wait_for(corpus / moment, killed)
-        killed.kill()
+        os.killpg(killed.pid, signal.SIGKILL)
         killed.communicate()
 
     summary = finish(root)
     assert summary["faults"] == 0
-    for part in ("sources", "filter"):
+    for part in ("sources", "filter", "models"):
         assert summary[part] == undisturbed[0][part]
     assert tree(root) == undisturbed[1]
 

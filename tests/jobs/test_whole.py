@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     Blip2ForImageTextRetrieval,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
@@ -21,7 +23,8 @@ from jobs.errors import UserError
 from jobs.evaluate import evaluate
 from jobs.recipe import dump_recipe, load_recipe
 from jobs.stages.stages import untrained
-from jobs.whole import run_whole, train
+from jobs.training.config import TrainingConfig
+from jobs.whole import blip2_stages, run_whole, train
 from model.checkpoints import load_captioner, load_filter, load_stage1
 from pipeline.corpus import Corpus
 from pipeline.selection.config import Policy
@@ -48,7 +51,7 @@ def recipe(web, tmp_path_factory):
         "captioner": tiny,
         "filter": tiny | {"queue_size": 32},
         "stage1": tiny | {"image_encoder": "trained"},
-        "stage2": tiny,
+        "stage2": tiny | {"llm": "null"},  # the preset's own, which has random weights
     }
     training = {
         f"training.{stage}.{key}": value
@@ -62,6 +65,7 @@ def recipe(web, tmp_path_factory):
         f"fetch.allowed_ports=[{web.port}]",
         "select.itm_threshold=0.3",
         "evaluation.num_candidates=5",
+        "run.has_report=true",
     ]
     return load_recipe(str(files("jobs") / "recipes" / "demo.yaml"), overrides)
 
@@ -71,9 +75,7 @@ def done(web, recipe):
     torch.set_num_threads(1)
     assert untrained(recipe) == ["captioner", "filter"]
     with web.serve():
-        summary = run_whole(recipe, never)
-    assert train(recipe, ("stage1", "stage2"), never)
-    return summary
+        return run_whole(recipe, never)
 
 
 def capfilt(*arguments):
@@ -96,6 +98,45 @@ def test_all_steps_are_done_and_nothing_is_lost(done, recipe):
 def test_the_same_call_again_has_nothing_to_do(done, recipe):
     again = run_whole(recipe, never)
     assert (again.exit_code, sum(stage.num_new for stage in again.stages)) == (0, 0)
+    assert again.models == done.models
+
+
+def test_a_run_goes_on_to_blip2_where_the_recipe_says_so(done, recipe):
+    assert set(done.models) == {"stage1", "stage2"}
+    assert "CIDEr" in done.models["stage2"]
+    assert blip2_stages(recipe) == ("stage1", "stage2")
+    for until, stages in {"select": (), "stage1": ("stage1",)}.items():
+        run = recipe.run.model_copy(update={"until": until})
+        assert blip2_stages(recipe.model_copy(update={"run": run})) == stages
+    empty = TrainingConfig()
+    assert blip2_stages(recipe.model_copy(update={"training": empty})) == ()
+
+
+def test_a_tower_that_is_not_there_stops_a_run_before_anything_is_fetched(recipe, tmp_path):
+    stage1 = recipe.training.stage1.model_copy(update={"image_encoder": "eva_vit_g.pth"})
+    training = recipe.training.model_copy(update={"stage1": stage1})
+    root = tmp_path / "corpus"
+    lacking = recipe.model_copy(update={"training": training, "root": str(root)})
+    with pytest.raises(UserError, match="image_encoder = eva_vit_g.pth.*run.until=select"):
+        run_whole(lacking, never)
+    assert not root.exists()
+
+
+def test_a_language_model_without_a_free_id_is_refused_before_training(done, recipe, tmp_path):
+    name = str(files("jobs") / "demo" / "llm_weights")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    llm = AutoModelForCausalLM.from_pretrained(name)
+    llm.resize_token_embeddings(len(tokenizer))
+    llm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    stage2 = recipe.training.stage2.model_copy(update={"llm": str(tmp_path)})
+    training = recipe.training.model_copy(update={"stage2": stage2})
+    with pytest.raises(UserError, match="training.stage2.llm.*resize_token_embeddings"):
+        train(recipe.model_copy(update={"training": training}), ("stage2",), never)
+
+
+def test_the_page_is_there(done):
+    assert Path(done.report).read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize(
