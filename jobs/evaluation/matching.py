@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.roc import area_under_curve
+
 _THRESHOLDS = tuple(number / 20 for number in range(1, 20))
 
 
@@ -39,22 +41,9 @@ def matching(
     return Matching(
         num_right=num_right,
         num_wrong=len(is_right) - num_right,
-        auc=area_under_curve(scores, is_right),
+        auc=area_under_curve(scores[is_right], scores[~is_right]),
         thresholds=tuple(_at(scores, is_right, each) for each in at),
     )
-
-
-def area_under_curve(scores: NDArray[np.floating], is_right: NDArray[np.bool_]) -> float | None:
-    """Return how likely a right caption's score is above a wrong one's; ties count half."""
-    num_right = int(is_right.sum())
-    num_wrong = len(is_right) - num_right
-    if not num_right or not num_wrong:
-        return None
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_rank = last - (counts - 1) / 2  # of equal scores, from 1
-    ranks = mean_rank[inverse][is_right].sum()
-    return float((ranks - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
 
 
 def _at(scores: NDArray[np.floating], is_right: NDArray[np.bool_], threshold: float) -> AtThreshold:

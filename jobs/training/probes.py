@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jobs.training.objectives import Batch, Look, Objective
+from pipeline.roc import area_under_curve
 
 RETRIEVAL, MATCHING, CAPTIONS = "retrieval_r1", "itm_auc", "caption_f1"
 
@@ -35,7 +36,9 @@ def probe(objective: Objective, batches: Sequence[Batch]) -> dict[str, float]:
     if looks[0].matches is not None:
         pairs = [look.matches for look in looks if look.matches is not None]
         true, false = (torch.cat(side) for side in zip(*pairs, strict=True))
-        found[MATCHING] = area_under_curve(true, false)
+        area = area_under_curve(*(side.float().cpu().numpy() for side in (true, false)))
+        assert area is not None, "every batch has pairs"
+        found[MATCHING] = area
     if looks[0].captions is not None:
         written = [caption for look in looks for caption in look.captions or ()]
         texts = [text for batch in batches for text in batch.texts]
@@ -62,12 +65,6 @@ def retrieval_at_1(images: Tensor, texts: Tensor, image_ids: Tensor) -> float:
     row = torch.arange(len(image_ids), device=image_ids.device)
     hits = [same[row, similarity.argmax(dim=1)], same[similarity.argmax(dim=0), row]]
     return float(torch.stack(hits).float().mean())
-
-
-def area_under_curve(true: Tensor, false: Tensor) -> float:
-    """Return how likely a true pair's score is above a false one's; ties count half."""
-    difference = true[:, None].float() - false[None].float()
-    return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
 
 
 def word_f1(written: str, reference: str) -> float:

@@ -22,6 +22,7 @@ from pipeline.report.labels import LabelledPair
 from pipeline.report.ledgers import Ledgers, Row, Snapshot, SqlLimits
 from pipeline.report.scores import FINE, SCORES
 from pipeline.report.thumbnails import images_of
+from pipeline.roc import area_under_curve
 from pipeline.sample import SampleError, canonical_json
 
 NUM_POINTS = 60  # of a curve
@@ -303,13 +304,15 @@ def calibration_of(
         and point.precision >= wanted_precision
     ]
     low, high = float(everything[0]), float(everything[-1])
+    auroc = area_under_curve(right, wrong)
+    assert auroc is not None, "both kinds have values"
     grid = np.linspace(low, high, NUM_POINTS) if high > low else np.array([low])
     return ScoreCalibration(
         score=score,
         against=against,
         num_right=len(right),
         num_wrong=len(wrong),
-        auroc=_auroc(right, wrong),
+        auroc=auroc,
         points=tuple(_point(right, wrong, float(threshold)) for threshold in grid),
         for_precision=precise[0] if precise else None,
         for_share=None if budget is None else _point(right, wrong, budget),
@@ -320,9 +323,3 @@ def _point(right: _Scores, wrong: _Scores, threshold: float) -> Point:
     """Return what a threshold does to sorted scores."""
     r, w = (float((len(s) - np.searchsorted(s, threshold)) / len(s)) for s in (right, wrong))
     return Point(threshold, r / (r + w) if r + w else None, r, (r + w) / 2)
-
-
-def _auroc(right: _Scores, wrong: _Scores) -> float:
-    """Return the probability that a right pair scores above a wrong one; ties count half."""
-    below = np.searchsorted(wrong, right, side="left") + np.searchsorted(wrong, right, side="right")
-    return float(below.sum() / (2 * len(right) * len(wrong)))
