@@ -18,7 +18,7 @@ from pipeline.image_decode import Pixels, decode
 from pipeline.image_header import read_header
 from pipeline.report.build import write_file
 from pipeline.report.gallery import spread
-from pipeline.report.labels import LabelledPair
+from pipeline.report.labels import LabelledPair, stored_captions
 from pipeline.report.ledgers import Ledgers, Row, Snapshot, SqlLimits
 from pipeline.report.scores import FINE, SCORES
 from pipeline.report.thumbnails import images_of
@@ -34,10 +34,6 @@ _PAIRS_SQL = """
     SELECT key, text FROM {table}
     WHERE verdict = 'kept' AND origin IN ('web', 'human') AND index = 0 AND text IS NOT NULL
     ORDER BY hash(key), key LIMIT {rows}
-"""
-_LABELLED_SQL = """
-    SELECT l.is_match, c.itm, c.itc, c.clip FROM captions AS c JOIN labels AS l
-    ON c.source = l.source AND c.key = l.key AND c.origin = l.origin AND c.index = l.index
 """
 _WHOLE_SQL = """
     SELECT floor({score}::DOUBLE * {fine})::INTEGER, count(*) FROM captions
@@ -144,7 +140,7 @@ class Calibration:
 
 def calibrate(
     corpus: Corpus,
-    labelled: Sequence[LabelledPair] | None = None,
+    labelled: Sequence[LabelledPair] = (),
     *,
     scorer: PairScorer | None = None,
     config: CalibrationConfig | None = None,
@@ -168,14 +164,16 @@ def calibrate(
         if scorer is not None:
             pairs, shuffled = _shuffled_pairs(corpus, ledgers, scorer, config)
             found += _all_scores(pairs, shuffled, SHUFFLED, budgets, config)
-        labels = _labelled_rows(ledgers, labelled or ())
-        right = [row[1:] for row in labels if row[0]]
-        wrong = [row[1:] for row in labels if not row[0]]
+        known = stored_captions(ledgers, labelled)
+        right, wrong = (
+            [(c.itm, c.itc, c.clip) for n, c in known.items() if labelled[n].is_match is kind]
+            for kind in (True, False)
+        )
         found += _all_scores(right, wrong, LABELLED, budgets, config)
     calibration = Calibration(
         num_pairs=len(pairs),
         num_shuffled=len(shuffled),
-        num_labelled=len(labels),
+        num_labelled=len(known),
         wanted_precision=config.wanted_precision,
         wanted_share=config.wanted_share,
         scores=tuple(found),
@@ -251,21 +249,6 @@ def _pixels(data: bytes | None, max_pixels: int) -> Pixels | None:
         return decode(data, header, **size).pixels
     except SampleError:
         return None  # the scoring stage has counted it
-
-
-def _labelled_rows(ledgers: Ledgers, labelled: Sequence[LabelledPair]) -> list[Row]:
-    if not labelled:
-        return []
-    ledgers.execute(
-        "CREATE TABLE labels (source VARCHAR, key VARCHAR, origin VARCHAR, index INTEGER, "
-        "is_match BOOLEAN)"
-    )
-    for pair in labelled:
-        ledgers.execute(
-            "INSERT INTO labels VALUES (?, ?, ?, ?, ?)",
-            [pair.source, pair.key, pair.origin, pair.index, pair.is_match],
-        )
-    return ledgers.rows(_LABELLED_SQL)
 
 
 def _all_scores(
