@@ -66,14 +66,15 @@ class TrainingWatch:
         self.losses = self._window.means()
         if self._log is None:
             return
-        numbers = self.losses | self._objective.numbers() | self._new_probes
-        self._new_probes = {}
-        alarms = self._gates.judge(step, numbers)
+        numbers = self.losses | self._objective.numbers()
+        alarms = self._gates.judge(step, numbers | self._new_probes)
         for alarm in alarms:
             if alarm.name not in self._told:
                 _log.warning("step %d: %s: %s", step, alarm.name, alarm.advice)
         self._told = {alarm.name for alarm in alarms}
         record: dict[str, Any] = {"step": step, "rate": rate, **numbers}
+        if self._new_probes:
+            record["probe"], self._new_probes = self._new_probes, {}
         record["alarms"] = {alarm.name: alarm.advice for alarm in alarms}
         self._log.write(record | {"pace": self.pace.numbers(timing)})
 
