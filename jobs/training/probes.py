@@ -84,9 +84,10 @@ def _cider(written: Sequence[str], batches: Sequence[Batch]) -> float:
 
 
 def _losses(looks: Sequence[Look]) -> dict[str, float]:
-    found = {}
-    for name in ("lm_seen", "lm_blind"):
-        values = [value for look in looks if (value := getattr(look, name)) is not None]
-        if values:
-            found[name] = sum(values) / len(values)
-    return found
+    told = [look.lm for look in looks if look.lm is not None]
+    if not told:
+        return {}
+    return {
+        f"lm_{name}": sum(getattr(each, name) for each in told) / len(told)
+        for name in ("seen", "blind", "blank")
+    }

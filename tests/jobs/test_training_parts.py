@@ -153,6 +153,7 @@ EXPECTED = Expectations(num_contrasted=64, temperature_range=(0.001, 0.5), after
         ("temperature_at_limit", {"temperature": 0.001}),
         ("temperature_at_limit", {"temperature": 0.5}),
         ("lm_blind", {"lm_seen": 3.0}),
+        ("lm_blind", {"lm_blank": 2.0}),
         ("same_caption", {"num_distinct_captions": 1.0}),
     ],
 )
