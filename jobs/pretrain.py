@@ -82,7 +82,13 @@ def _open_watch(session: Session, first: int, stack: ExitStack, probe_with: Prob
         opened = MetricsLog(session.store, job.folder, resumed_at=first, sinks=sinks)
         log = stack.enter_context(opened)
     batch = session.plan.global_batch_size
-    pace = Pace(context.device, batch, session.pieces.count, config.peak_tflops)
+    pace = Pace(
+        context.device,
+        batch,
+        session.pieces.count,
+        num_workers=context.world_size,
+        peak_tflops=config.peak_tflops,
+    )
     return TrainingWatch(session.built.objective, context, pace, log, probe_with)
 
 

@@ -40,7 +40,8 @@ class StageConfig(BaseModel):
     micro_batch_size: _Positive | None = Field(
         default=None,
         description="Pairs that go through the model at a time on one worker; the rest of its "
-        "share is accumulated. Left out: its whole share.",
+        "share is accumulated. Left out: its whole share; where min_workers lets workers be lost, "
+        "what every number of them can cut its share into.",
     )
     num_steps: _Positive | None = Field(default=None, description="Optimizer steps.")
     num_epochs: _Positive | None = Field(
