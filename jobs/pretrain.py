@@ -60,7 +60,9 @@ def train(
         if manifest is not None:
             watch.restore(manifest.state["watch"])
         meter = stack.enter_context(session.meter(first))
-        probes = held_out(job, session.built.objective, context.device) if context.is_main else []
+        probes = []
+        if context.is_main or session.is_sharded:  # a model in shards takes all ranks to compute
+            probes = held_out(job, session.built.objective, context.device)
         for step in range(first, session.plan.num_steps):
             _one_step(session, watch, step, is_first=step == first)
             _after_step(session, watch, step + 1, probes)

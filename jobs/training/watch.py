@@ -57,8 +57,8 @@ class TrainingWatch:
         self._window.add(losses)
 
     def look(self, batches: Sequence[Batch]) -> None:
-        """Probe the model on held-out batches; rank 0 does, the others go on to wait for it."""
-        if self._context.is_main and batches:
+        """Probe the model on held-out batches; ranks without any go on to wait for the others."""
+        if batches:
             self.probes = self._new_probes = self._probe(self._objective, batches)
 
     def record(self, step: int, rate: float, timing: LoaderTiming) -> None:
