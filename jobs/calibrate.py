@@ -17,12 +17,12 @@ def calibrate_corpus(
 ) -> Calibration:
     """Score captions of the corpus with images that they do not belong to, and compare.
 
-    `labels` is a table of looked-at captions besides (CSV or Parquet, columns source, key, origin,
-    index, is_match). Without `is_shuffled` they alone are used, and no model is loaded. Raises
-    UserError.
+    `labels` is a table of looked-at captions besides (CSV, Parquet or JSON lines; the columns are
+    those of `read_labels`). Without `is_shuffled` they alone are used, and no model is loaded.
+    Raises UserError.
     """
     try:
-        pairs = read_labels(labels) if labels else None
+        pairs = read_labels(labels) if labels else []
     except ValueError as error:
         raise UserError(str(error)) from error
     corpus = open_corpus(recipe.root)

@@ -1,7 +1,7 @@
 """`capfilt evaluate`: what a trained model finds and says of images that no stage trained on."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from jobs.errors import UserError
 from jobs.evaluation.captions import caption_quality
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.data import HeldOut, read_held_out
+from jobs.evaluation.labelled import FilterQuality, filter_quality
 from jobs.evaluation.models import Evaluable, Retriever, Writer, load_evaluable
 from jobs.evaluation.retrieval import retrieval
 from jobs.recipe import Recipe
@@ -32,10 +33,12 @@ class Evaluation:
     captions: tuple[str, ...]  # in the order of `keys`; empty where the model writes none
     keys: tuple[str, ...]
     about: dict[str, Any]
+    quality: FilterQuality | None = None  # where there are labels, and the model can match
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the captions, for people and machines."""
-        return {"stage": self.stage, "figures": self.figures, **self.about}
+        quality = {} if self.quality is None else {"filter": self.quality.to_json()}
+        return {"stage": self.stage, "figures": self.figures, **self.about, **quality}
 
     def text(self) -> str:
         """Return a small table."""
@@ -45,7 +48,7 @@ class Evaluation:
             f"texts, {about['unreadable']:,} left out as unreadable"
         ]
         lines += [f"  {name:<8}{value:>8.3f}" for name, value in self.figures.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(self.quality.lines() if self.quality else ())])
 
 
 def evaluate(recipe: Recipe, stage: Stage, *, pairs_of: Corpus | None = None) -> Evaluation:
@@ -66,12 +69,14 @@ def evaluate(recipe: Recipe, stage: Stage, *, pairs_of: Corpus | None = None) ->
             f"{corpus.root}/{stage_folder(stage)}/export is not there: train it first "
             f"(capfilt pretrain RECIPE --stage {stage})"
         )
+    seen = pairs_of or corpus
     with opened_export(corpus.store, stage, card) as folder:
         model = load_evaluable(stage, folder, recipe.training.of(stage))
-        pairs = read_held_out(
-            pairs_of or corpus, config.source, model.preprocessor, config.max_images
-        )
+        pairs = read_held_out(seen, config.source, model.preprocessor, config.max_images)
         done = _measure(stage, model, pairs, config, card.fingerprint)
+        if (quality := _quality(model, seen, config)) is not None:
+            figures = done.figures | quality.figures()
+            done = replace(done, figures=figures, quality=quality)
     _write(corpus.store, done)
     return done
 
@@ -114,6 +119,21 @@ def _measure(
     return Evaluation(stage, figures, tuple(captions), pairs.keys, about)
 
 
+@torch.no_grad()
+def _quality(model: Evaluable, corpus: Corpus, config: EvaluationConfig) -> FilterQuality | None:
+    """Return how good a filter the model is, where it can match and there are labels."""
+    if config.labels is None or model.retriever is None:
+        return None
+    return filter_quality(
+        corpus,
+        config.labels,
+        config.source,
+        model.retriever,
+        model.preprocessor,
+        config.batch_size,
+    )
+
+
 def _retrieval(model: Retriever, pairs: HeldOut, config: EvaluationConfig) -> dict[str, float]:
     size = config.batch_size
     images = torch.cat([model.image_features(part) for part in torch.split(pairs.pixels, size)])
@@ -125,7 +145,7 @@ def _retrieval(model: Retriever, pairs: HeldOut, config: EvaluationConfig) -> di
     def rerank(image: int, chosen: Tensor) -> Tensor:
         seen = model.see(pairs.pixels[image : image + 1])
         parts = [
-            model.match(seen, [pairs.texts[number] for number in part.tolist()])
+            model.match(seen, [pairs.texts[number] for number in part.tolist()])[:, 1]
             for part in torch.split(chosen, size)
         ]
         return torch.cat(parts)

@@ -60,7 +60,9 @@ def train(
         if manifest is not None:
             watch.restore(manifest.state["watch"])
         meter = stack.enter_context(session.meter(first))
-        probes = held_out(job, session.built.objective, context.device) if context.is_main else []
+        probes = []
+        if context.is_main or session.is_sharded:  # a model in shards takes all ranks to compute
+            probes = held_out(job, session.built.objective, context.device)
         for step in range(first, session.plan.num_steps):
             _one_step(session, watch, step, is_first=step == first)
             _after_step(session, watch, step + 1, probes)
@@ -82,7 +84,13 @@ def _open_watch(session: Session, first: int, stack: ExitStack, probe_with: Prob
         opened = MetricsLog(session.store, job.folder, resumed_at=first, sinks=sinks)
         log = stack.enter_context(opened)
     batch = session.plan.global_batch_size
-    pace = Pace(context.device, batch, session.pieces.count, config.peak_tflops)
+    pace = Pace(
+        context.device,
+        batch,
+        session.pieces.count,
+        num_workers=context.world_size,
+        peak_tflops=config.peak_tflops,
+    )
     return TrainingWatch(session.built.objective, context, pace, log, probe_with)
 
 

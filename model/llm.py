@@ -119,14 +119,23 @@ class FrozenLlm(nn.Module):
         if any(not torch.equal(found[0], other) for other in found[1:]):
             self.untie_head()
 
-    def causal_logits(self, prefix: Tensor, token_ids: Tensor, text_is_real: Tensor) -> Tensor:
+    def causal_logits(
+        self,
+        prefix: Tensor,
+        token_ids: Tensor,
+        text_is_real: Tensor,
+        *,
+        sees_prefix: bool = True,
+    ) -> Tensor:
         """Return what a decoder-only model predicts for each text token: (B, T, V) logits.
 
         It reads `prefix` (B, Q, W) and then `token_ids` (B, T), padded on the right; logit t is
         computed from the prefix and the tokens before t. Logits of the prefix are never computed.
+        Without `sees_prefix` the attention mask hides the prefix from the text: logits are those of
+        the text alone, but for logit 0, which no token precedes and which then means nothing.
         """
         with self._precision(prefix):
-            embeds, mask = self._behind(prefix, token_ids, text_is_real)
+            embeds, mask = self._behind(prefix, token_ids, text_is_real, sees_prefix)
             logits: Tensor = self.model(
                 inputs_embeds=embeds,
                 attention_mask=mask,
@@ -142,15 +151,17 @@ class FrozenLlm(nn.Module):
         text_is_real: Tensor,
         suffix_ids: Tensor,
         suffix_is_real: Tensor,
+        *,
+        sees_prefix: bool = True,
     ) -> Tensor:
         """Return what an encoder-decoder predicts for each suffix token: (B, S, V) logits.
 
         Its encoder reads `prefix` (B, Q, W) and `token_ids` (B, T), its decoder the suffix (B, S)
-        behind the start token.
+        behind the start token. Without `sees_prefix` the attention mask hides the prefix from both.
         """
         start = torch.full_like(suffix_ids[:, :1], self.model.config.decoder_start_token_id)
         with self._precision(prefix):
-            embeds, mask = self._behind(prefix, token_ids, text_is_real)
+            embeds, mask = self._behind(prefix, token_ids, text_is_real, sees_prefix)
             logits: Tensor = self.model(
                 inputs_embeds=embeds,
                 attention_mask=mask,
@@ -203,11 +214,12 @@ class FrozenLlm(nn.Module):
         return cast(nn.Embedding, self.model.get_input_embeddings())
 
     def _behind(
-        self, prefix: Tensor, token_ids: Tensor, text_is_real: Tensor
+        self, prefix: Tensor, token_ids: Tensor, text_is_real: Tensor, sees_prefix: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return embeddings (B, Q+T, W) and attention mask (B, Q+T) of the prefix and a text."""
         words = self._words(token_ids)
-        seen = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        size = prefix.shape[:2]
+        seen = torch.full(size, int(sees_prefix), dtype=torch.long, device=prefix.device)
         mask = torch.cat((seen, text_is_real.long()), dim=1)
         return torch.cat((prefix.to(words.dtype), words), dim=1), mask
 

@@ -122,6 +122,17 @@ def floored_negative_weights(
     return (finite.softmax(dim=1) + floor).masked_fill(forbidden, 0.0)
 
 
+@torch.library.custom_op("capfilt::clocks", mutates_args=())
+def _clocks(like: Tensor) -> Tensor:
+    """Return exponential clocks; to torch.compile one operator, so that it draws as without it."""
+    return torch.empty_like(like).exponential_()
+
+
+@_clocks.register_fake
+def _clocks_shape(like: Tensor) -> Tensor:
+    return torch.empty_like(like)
+
+
 def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw one column for each row in proportion to its weight; returns (B,) int64.
 
@@ -129,7 +140,11 @@ def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     but first reads the weights back to check them, which stops the device. A column of zero weight
     is never drawn while its row has another; a row of zeros yields column 0.
     """
-    clocks = torch.empty_like(weights).exponential_(generator=generator)
+    clocks: Tensor
+    if generator is None:
+        clocks = _clocks(weights.detach())
+    else:
+        clocks = torch.empty_like(weights).exponential_(generator=generator)
     # A clock at exactly zero would make 0/0 of a forbidden column, and argmax takes NaN for best.
     return (weights / clocks.clamp_min_(torch.finfo(weights.dtype).tiny)).argmax(dim=1)
 

@@ -256,6 +256,16 @@ class MedText(nn.Module):
             layer.cross_attention_of(role).project(image_embeds) for layer in self._layers()
         )
 
+    def no_image(self, num_images: int) -> ImageKeysValues:
+        """Return what stands for images that nobody sees, in place of `project_image`'s.
+
+        Attention over no token gives zero before its output projection, and so does this.
+        """
+        bert = self.config.bert
+        shape = (num_images, bert.num_heads, 1, bert.width // bert.num_heads)
+        nothing = self._embeddings("decoder").words.weight.new_zeros(shape)
+        return tuple(KeysValues(nothing, nothing) for _ in self.layers)
+
     @property
     def shares_image_projection(self) -> bool:
         """Whether `project_image` gives encoder and decoder the same keys and values."""

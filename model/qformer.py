@@ -293,16 +293,18 @@ class QFormer(nn.Module):
         return torch.cat((queries, text), dim=1)
 
     def decode(
-        self, token_ids: Tensor, text_is_real: Tensor, queries: Sequence[KeysValues]
+        self, token_ids: Tensor, text_is_real: Tensor, queries: Sequence[KeysValues] | None
     ) -> Tensor:
         """Read a caption causally behind the queries of `encode_image`: ITG. Returns (N, T, D).
 
-        Exact, because queries never see text; it saves the query rows of a joint pass.
+        Exact, because queries never see text; it saves the query rows of a joint pass. None masks
+        the queries from the text: what follows is told by the text alone.
         """
         text = self._embed_text(token_ids)
-        mask = caption_mask(self.config.num_queries, text_is_real)
-        for layer, seen in zip(self._stack(), queries, strict=True):
-            context = seen.followed_by(layer.attention.project(text))
+        mask = caption_mask(0 if queries is None else self.config.num_queries, text_is_real)
+        for number, layer in enumerate(self._stack()):
+            own = layer.attention.project(text)
+            context = own if queries is None else queries[number].followed_by(own)
             text = layer.finish_text(layer.attention(text, context, mask))
         return text
 

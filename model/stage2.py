@@ -105,16 +105,28 @@ class Stage2(nn.Module):
         logits = self.logits(self.soft_prompt(pixels), text)
         return Stage2Loss(label_smoothed(logits, text.targets, smoothing=0.0), logits)
 
-    def logits(self, soft_prompt: Tensor, text: CausalText | PrefixText) -> Tensor:
-        """Return (B, T, V) logits of the tokens of a text, or of a suffix, behind (B, Q, W)."""
+    def logits(
+        self, soft_prompt: Tensor, text: CausalText | PrefixText, *, sees_prompt: bool = True
+    ) -> Tensor:
+        """Return (B, T, V) logits of the tokens of a text, or of a suffix, behind (B, Q, W).
+
+        Without `sees_prompt` the soft prompt is masked from the LLM's attention: what it would
+        write of no image. The first token of a `CausalText` then has no logits that mean anything.
+        """
         if isinstance(text, PrefixText) != self.llm.is_encoder_decoder:
             kind = "PrefixText" if self.llm.is_encoder_decoder else "CausalText"
             raise ValueError(f"this LLM learns from {kind}, not from {type(text).__name__}")
         if isinstance(text, CausalText):
-            return self.llm.causal_logits(soft_prompt, text.text.token_ids, text.text.is_real)
+            ids, is_real = text.text.token_ids, text.text.is_real
+            return self.llm.causal_logits(soft_prompt, ids, is_real, sees_prefix=sees_prompt)
         prefix, suffix = text.prefix, text.suffix
         return self.llm.suffix_logits(
-            soft_prompt, prefix.token_ids, prefix.is_real, suffix.token_ids, suffix.is_real
+            soft_prompt,
+            prefix.token_ids,
+            prefix.is_real,
+            suffix.token_ids,
+            suffix.is_real,
+            sees_prefix=sees_prompt,
         )
 
     @torch.no_grad()

@@ -85,7 +85,7 @@ def calibrate(
     recipe: RecipeFile,
     sets: Overrides = None,
     labels: Annotated[
-        str | None, typer.Option(help="A CSV or Parquet table of captions that were looked at.")
+        str | None, typer.Option(help="A CSV, Parquet or JSONL table of captions looked at.")
     ] = None,
     precision: Annotated[
         float, typer.Option(min=0, max=1, help="Suggest thresholds that reach it.")

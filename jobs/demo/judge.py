@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from jobs.demo.caption_check import check_caption
 from jobs.demo.plan import PlannedImage
-from jobs.evaluation.matching import area_under_curve
 from pipeline.corpus import Corpus
 from pipeline.record import ShardRecord
+from pipeline.roc import area_under_curve
 
 _COLUMNS = ["url", "origin", "text", "itm"]
 
@@ -102,7 +102,7 @@ def _quality(scores: Any, is_right: Any, threshold: float) -> FilterQuality:  # 
         right_after=_share(is_right, is_kept),
         recall_of_wrong=_share(~is_kept, ~is_right),
         precision_of_dropping=_share(~is_right, ~is_kept),
-        auc=area_under_curve(scores, is_right),
+        auc=area_under_curve(scores[is_right], scores[~is_right]),
     )
 
 

@@ -32,7 +32,6 @@ def caption_quality(
     asked for and missing.
     """
     from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
 
     if len(captions) != len(references) or not all(references):
         raise ValueError("every caption needs references, one list for each")
@@ -40,17 +39,32 @@ def caption_quality(
         raise ValueError("uses_java is set and there is no `java`; install one or leave it out")
     said, given = _split(captions, references, uses_java=uses_java)
     bleu, _ = Bleu(4).compute_score(given, said, verbose=0)
-    cider, by_image = Cider().compute_score(given, said)
-    figures = {"BLEU-4": float(bleu[3]), "CIDEr": float(cider)}
+    mean, by_image = _cider(given, said)
+    figures = {"BLEU-4": float(bleu[3]), "CIDEr": mean}
     if uses_java:
         from pycocoevalcap.meteor.meteor import Meteor
 
         figures["METEOR"] = float(Meteor().compute_score(given, said)[0])
     return CaptionQuality(
         figures,
-        tuple(float(each) for each in by_image),
+        by_image,
         tokenizer="Stanford PTB" if uses_java else "words and apostrophes",
     )
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return what `caption_quality` calls CIDEr, without Java, and nothing else: 0 to 10."""
+    said, given = _split(captions, references, uses_java=False)
+    return _cider(given, said)[0]
+
+
+def _cider(
+    given: dict[int, list[str]], said: dict[int, list[str]]
+) -> tuple[float, tuple[float, ...]]:
+    from pycocoevalcap.cider.cider import Cider
+
+    mean, by_image = Cider().compute_score(given, said)
+    return float(mean), tuple(float(each) for each in by_image)
 
 
 def _split(

@@ -23,6 +23,12 @@ class EvaluationConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=64, description="Images or texts at a time; decides no figure."
     )
+    labels: str | None = Field(
+        default=None,
+        description="Table of captions that people have looked at (CSV, Parquet or JSON lines), by "
+        "which a model is judged as a filter: columns key, is_match and caption, or origin and "
+        "index of a caption of the corpus; source where it is another than the one above.",
+    )
     uses_java: bool = Field(
         default=False,
         description="Split words as the COCO server does and give METEOR too; both are Java, which "

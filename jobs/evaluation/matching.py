@@ -1,11 +1,15 @@
 """How well a score tells right captions from wrong ones: ROC-AUC, precision and recall."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.roc import area_under_curve
+
+_STEPS, _MOST = (0.01, 0.02, 0.05, 0.1, 0.2), 20
 _THRESHOLDS = tuple(number / 20 for number in range(1, 20))
 
 
@@ -30,31 +34,31 @@ class Matching:
 
 
 def matching(
-    scores: NDArray[np.floating], is_right: NDArray[np.bool_], at: Sequence[float] = _THRESHOLDS
+    scores: NDArray[np.floating], is_right: NDArray[np.bool_], at: Sequence[float] | None = None
 ) -> Matching:
-    """Compare (n,) scores with (n,) labels. Raises ValueError for a score that is no number."""
+    """Compare (n,) scores with (n,) labels, at every twentieth from 0 to 1 or at other thresholds.
+
+    Raises ValueError for a score that is no number.
+    """
     if not np.isfinite(scores).all():
         raise ValueError("a score is not finite; leave out captions that were not scored")
     num_right = int(is_right.sum())
     return Matching(
         num_right=num_right,
         num_wrong=len(is_right) - num_right,
-        auc=area_under_curve(scores, is_right),
-        thresholds=tuple(_at(scores, is_right, each) for each in at),
+        auc=area_under_curve(scores[is_right], scores[~is_right]),
+        thresholds=tuple(
+            _at(scores, is_right, each) for each in (_THRESHOLDS if at is None else at)
+        ),
     )
 
 
-def area_under_curve(scores: NDArray[np.floating], is_right: NDArray[np.bool_]) -> float | None:
-    """Return how likely a right caption's score is above a wrong one's; ties count half."""
-    num_right = int(is_right.sum())
-    num_wrong = len(is_right) - num_right
-    if not num_right or not num_wrong:
-        return None
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_rank = last - (counts - 1) / 2  # of equal scores, from 1
-    ranks = mean_rank[inverse][is_right].sum()
-    return float((ranks - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
+def even_thresholds(scores: NDArray[np.floating]) -> list[float]:
+    """Return at most twenty round numbers, evenly spaced, that span scores of any range."""
+    low, high = float(scores.min()), float(scores.max())
+    step = next((s for s in _STEPS if high - low <= (_MOST - 1) * s), _STEPS[-1])
+    first, last = math.floor(low / step), math.floor(high / step)
+    return [round(number * step, 2) for number in range(first, last + 1)][-_MOST:]
 
 
 def _at(scores: NDArray[np.floating], is_right: NDArray[np.bool_], threshold: float) -> AtThreshold:

@@ -44,7 +44,7 @@ class Retriever(Protocol):
         """Return what `match` reads of one image, (1, 3, S, S)."""
 
     def match(self, seen: Any, texts: Sequence[str]) -> Tensor:  # noqa: ANN401
-        """Return the ITM logit of a match of one image with each text, (R,)."""
+        """Return the ITM logits of one image with each text, (R, 2); class 1 is a match."""
 
 
 class Writer(Protocol):
@@ -84,7 +84,7 @@ class MedRetriever:
 
     def match(self, seen: Any, texts: Sequence[str]) -> Tensor:  # noqa: ANN401
         """See `Retriever`."""
-        return self.model.match_logits(seen, *self.tokenizer.encode(texts, _MAX_TOKENS))[:, 1]
+        return self.model.match_logits(seen, *self.tokenizer.encode(texts, _MAX_TOKENS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Stage1Model:
     def match(self, seen: Any, texts: Sequence[str]) -> Tensor:  # noqa: ANN401
         """See `Retriever`."""
         ids, is_real = self.tokenizer.encode(texts, _MAX_TOKENS)
-        return self.model.match_logits(seen.shared_by(len(texts)), ids, is_real)[:, 1]
+        return self.model.match_logits(seen.shared_by(len(texts)), ids, is_real)
 
     def captions(self, pixels: Tensor) -> list[str]:
         """See `Writer`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jobs.training.exports import write_processor
 from jobs.training.gates import Expectations
-from jobs.training.objectives import Batch, Look, Moment
+from jobs.training.objectives import Batch, LmLook, Look, Moment
 from jobs.training.texts import PROMPT, TextTokenizer, save_tokenizer
 from model.capfilt import MedCaptioner, MedFilter, caption_loss, load_part
 from model.checkpoints import save_captioner, save_filter
@@ -84,18 +84,15 @@ class MedObjective:
             med.match_logits(image, shown, real)
             for shown, real in ((ids, is_real), (ids.roll(1, 0), is_real.roll(1, 0)))
         ]
-        seen = blind = captions = None
+        lm = captions = None
         if med.objectives.has_lm:
-            seen, blind = (
-                _lm(med.image_encoder, med.text, pixels, (ids, is_real)) for pixels in _shown(batch)
-            )
+            lm = _lm_look(med.image_encoder, med.text, batch)
             captions = _captions(embeds, med.text, self._tokenizer, "")
         return Look(
             image_feats=med.image_features(embeds),
             text_feats=med.text_features(ids, is_real),
             matches=(_margin(logits[0]), _margin(logits[1])),
-            lm_seen=seen,
-            lm_blind=blind,
+            lm=lm,
             captions=captions,
         )
 
@@ -142,15 +139,11 @@ class CaptionerObjective:
     @torch.no_grad()
     def look(self, batch: Batch) -> Look:
         """Return what captioning comes to."""
-        ids, is_real = cast(_Ids, batch.text)
-        model, prompt = self._captioner, self._prompt_length
-        seen, blind = (
-            _lm(model.image_encoder, model.text, pixels, (ids, is_real), prompt)
-            for pixels in _shown(batch)
-        )
+        model = self._captioner
+        lm = _lm_look(model.image_encoder, model.text, batch, self._prompt_length)
         embeds = model.image_encoder(batch.pixels)
         captions = _captions(embeds, model.text, self._tokenizer, PROMPT)
-        return Look(lm_seen=seen, lm_blind=blind, captions=captions)
+        return Look(lm=lm, captions=captions)
 
     def export(self, folder: Path) -> None:
         """Write what BlipForConditionalGeneration loads."""
@@ -183,18 +176,23 @@ def _export_filter(model: MedFilter, tokenizer: TextTokenizer, folder: Path) -> 
     save_tokenizer(tokenizer, folder)
 
 
-def _shown(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the images, and blank ones of the mean colour in their place."""
-    return batch.pixels, torch.zeros_like(batch.pixels)
+def _lm_look(encoder: ImageEncoder, text: MedText, batch: Batch, prompt_length: int = 1) -> LmLook:
+    """Return the LM loss with the images, with cross-attention finding none, and with blank ones.
 
-
-def _lm(
-    encoder: ImageEncoder, text: MedText, pixels: Tensor, ids: _Ids, prompt_length: int = 1
-) -> float:
-    image = text.project_image(encoder(pixels), "decoder")
-    start = starting_with(text.config.caption_start_id, ids[0])
-    loss = caption_loss(text, image, start, ids[1], prompt_length=prompt_length, smoothing=0.0)
-    return float(loss)
+    Masked is exact: of no image token, attention makes zero, whatever the image.
+    """
+    ids, is_real = cast(_Ids, batch.text)
+    start = starting_with(text.config.caption_start_id, ids)
+    seen, blank = (
+        text.project_image(encoder(pixels), "decoder")
+        for pixels in (batch.pixels, torch.zeros_like(batch.pixels))
+    )
+    shown = (seen, text.no_image(len(ids)), blank)
+    losses = (
+        caption_loss(text, image, start, is_real, prompt_length=prompt_length, smoothing=0.0)
+        for image in shown
+    )
+    return LmLook(*map(float, losses))
 
 
 def _margin(logits: Tensor) -> Tensor:

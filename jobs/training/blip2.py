@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jobs.training.exports import write_processor
 from jobs.training.gates import Expectations
-from jobs.training.objectives import Batch, Look, Moment
+from jobs.training.objectives import Batch, LmLook, Look, Moment
 from jobs.training.texts import TextTokenizer, save_tokenizer
 from model import lavis_files
 from model.checkpoints import image_token, save_stage1, save_stage2
@@ -26,7 +26,7 @@ from model.llm_text import (
     prefix_text,
     split_caption,
 )
-from model.losses import next_token_targets, token_losses
+from model.losses import IGNORED, next_token_targets, token_losses
 from model.stage1 import Stage1, Stage1Losses
 from model.stage2 import Stage2, Stage2Loss
 from model.vision import ImageEncoder
@@ -90,16 +90,14 @@ class Stage1Objective:
                 model.match_logits(images, ids.roll(1, 0), is_real.roll(1, 0)),
             )
         ]
-        seen, blind = (
-            self._lm(pixels, ids, is_real)
-            for pixels in (batch.pixels, torch.zeros_like(batch.pixels))
-        )
+        pixels = batch.pixels
+        shown = (pixels, None, torch.zeros_like(pixels))
+        seen, blind, blank = (self._lm(each, ids, is_real) for each in shown)
         return Look(
             image_feats=model.image_features(batch.pixels).feats,
             text_feats=model.text_features(ids, is_real)[:, 0],
             matches=(margins[0], margins[1]),
-            lm_seen=seen,
-            lm_blind=blind,
+            lm=LmLook(seen, blind, blank),
             captions=self._captions(batch.pixels),
         )
 
@@ -109,13 +107,15 @@ class Stage1Objective:
         write_processor(folder, _image_size(self._stage1))
         save_tokenizer(self._tokenizer, folder)
 
-    def _lm(self, pixels: Tensor, ids: Tensor, is_real: Tensor) -> float:
+    def _lm(self, pixels: Tensor | None, ids: Tensor, is_real: Tensor) -> float:
+        """Return ITG without smoothing; without images, the queries masked from the text."""
         model = self._stage1
-        queries = model.qformer.encode_image(
-            model.qformer.project_image(model.encode_image(pixels))
-        )
+        queries = None
+        if pixels is not None:
+            seen = model.qformer.project_image(model.encode_image(pixels))
+            queries = model.qformer.encode_image(seen).layers
         start = torch.full_like(ids[:, :1], model.config.caption_start_id)
-        states = model.qformer.decode(torch.cat((start, ids[:, 1:]), 1), is_real, queries.layers)
+        states = model.qformer.decode(torch.cat((start, ids[:, 1:]), 1), is_real, queries)
         logits = model.qformer.next_token_logits(states[:, :-1])
         return _mean_loss(logits, next_token_targets(ids, is_real))
 
@@ -179,13 +179,13 @@ class Stage2Objective:
     def look(self, batch: Batch) -> Look:
         """Return what captioning comes to."""
         model, text = self._stage2, cast(CausalText | PrefixText, batch.text)
-        seen, blind = (
-            _mean_loss(model.logits(model.soft_prompt(pixels), text), text.targets)
-            for pixels in (batch.pixels, torch.zeros_like(batch.pixels))
-        )
-        prompts = [""] * len(batch.pixels)
-        captions = model.generate(batch.pixels, prompts, self._tokenizer, _PROBE_DECODING)
-        return Look(lm_seen=seen, lm_blind=blind, captions=captions)
+        targets = _targets_behind_text(text)
+        prompts = [model.soft_prompt(p) for p in (batch.pixels, torch.zeros_like(batch.pixels))]
+        seen, blank = (_mean_loss(model.logits(prompt, text), targets) for prompt in prompts)
+        blind = _mean_loss(model.logits(prompts[0], text, sees_prompt=False), targets)
+        nothing = [""] * len(batch.pixels)
+        captions = model.generate(batch.pixels, nothing, self._tokenizer, _PROBE_DECODING)
+        return Look(lm=LmLook(seen, blind, blank), captions=captions)
 
     def export(self, folder: Path) -> None:
         """Write what Blip2ForConditionalGeneration loads, the language model included."""
@@ -220,6 +220,14 @@ def _fits_transformers(model: Stage1 | Stage2) -> bool:
 
 def _image_size(model: Stage1 | Stage2) -> int:
     return cast(ImageEncoder, model.image_encoder).config.image_size
+
+
+def _targets_behind_text(text: CausalText | PrefixText) -> Tensor:
+    """Return the targets that text precedes, which can be predicted without a prompt too."""
+    if isinstance(text, PrefixText):
+        return text.targets
+    first = torch.arange(text.targets.shape[1], device=text.targets.device) == 0
+    return text.targets.masked_fill(first, IGNORED)
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> float:

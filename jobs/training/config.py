@@ -40,7 +40,8 @@ class StageConfig(BaseModel):
     micro_batch_size: _Positive | None = Field(
         default=None,
         description="Pairs that go through the model at a time on one worker; the rest of its "
-        "share is accumulated. Left out: its whole share.",
+        "share is accumulated. Left out: its whole share; where min_workers lets workers be lost, "
+        "what every number of them can cut its share into.",
     )
     num_steps: _Positive | None = Field(default=None, description="Optimizer steps.")
     num_epochs: _Positive | None = Field(
@@ -98,6 +99,11 @@ class StageConfig(BaseModel):
     has_llm_dropout: bool = Field(
         default=True, description="Whether the frozen LLM's dropout is active, as in the paper."
     )
+    shards_llm: bool = Field(
+        default=False,
+        description="Whether each worker of stage2 keeps only its share of the frozen LLM, for one "
+        "that does not fit a device; layers are put together as they are computed.",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="Of the text stack or Q-Former; left out: the preset's."
     )
@@ -106,8 +112,9 @@ class StageConfig(BaseModel):
     )
 
     def content(self) -> dict[str, Any]:
-        """Return what decides the weights: all but how a batch is cut into micro-batches."""
-        return self.model_dump(mode="json", exclude={"micro_batch_size"}, exclude_none=True)
+        """Return what decides the weights: all but how batches and the frozen LLM are cut."""
+        how = {"micro_batch_size", "shards_llm"}
+        return self.model_dump(mode="json", exclude=how, exclude_none=True)
 
 
 class WorkersConfig(BaseModel):

@@ -1,6 +1,7 @@
 """What a stage trains on: which shards, how images are changed, which samples are held out."""
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -118,13 +119,21 @@ def cut(job: TrainingJob, global_batch_size: int, context: TrainContext) -> Micr
             "multiple of every number of workers that training may go on with"
         )
     share = global_batch_size // context.world_size
-    size = min(job.section.micro_batch_size or share, share)
+    size = min(job.section.micro_batch_size or _common_share(job, global_batch_size), share)
     if share % size:
         raise UserError(
             f"a worker's share of {share} pairs is no multiple of training.{job.stage}."
             f"micro_batch_size {size}; choose one that divides it"
         )
     return MicroBatches(size, share // size, context.rank * share // size)
+
+
+def _common_share(job: TrainingJob, global_batch_size: int) -> int:
+    """Return the most pairs that every number of workers that is allowed can cut its share into.
+
+    A group that shrinks then goes on with the same micro-batches, in no more memory.
+    """
+    return math.gcd(*(global_batch_size // number for number in job.config.workers.possible))
 
 
 def check_workers(job: TrainingJob) -> None:

@@ -87,7 +87,8 @@ class Gates:
 
     def _captions(self, record: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
         if "lm_seen" in record and "lm_blind" in record:
-            seen, blind = record["lm_seen"], record["lm_blind"]
+            seen = record["lm_seen"]
+            blind = min(record["lm_blind"], record.get("lm_blank", math.inf))
             yield (
                 "lm_blind",
                 seen >= blind - _NEAR,

@@ -40,19 +40,32 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
+class LmLook:
+    """The language modelling loss of the same targets with the image, and twice without it.
+
+    `blind` has it masked from the text's attention, so that no image has any say in it. A model
+    that never learned without one may do badly then though what it sees tells it nothing; `blank`,
+    with an image of the mean colour for every one, finds that out.
+    """
+
+    seen: float
+    blind: float
+    blank: float
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """What a model makes of held-out pairs; None for what it cannot do.
 
     Features are normalised: images (B, E) or (B, Q, E), texts (B, E). `matches` are ITM logits of
-    the true pairs and of each image with its neighbour's text, (B,) each. `lm_seen` and `lm_blind`
-    are the language modelling loss with the image and with a blank one.
+    the true pairs and of each image with its neighbour's text, (B,) each. `lm` is what the image
+    does to the language modelling loss.
     """
 
     image_feats: Tensor | None = None
     text_feats: Tensor | None = None
     matches: tuple[Tensor, Tensor] | None = None
-    lm_seen: float | None = None
-    lm_blind: float | None = None
+    lm: LmLook | None = None
     captions: Sequence[str] | None = None
 
 

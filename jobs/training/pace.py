@@ -20,12 +20,13 @@ class Pace:
     device: torch.device
     global_batch_size: int
     batches_per_step: int  # micro-batches of one worker
+    num_workers: int = 1
     peak_tflops: float | None = None  # of one worker's device
     step_tflops: float | None = None  # that one worker computes in a step, once it was counted
 
     def numbers(self, timing: LoaderTiming) -> dict[str, float]:
         """Return what is known; no two runs have it equal."""
-        pace = {"memory_gib": memory_gib(self.device)}
+        pace = {"memory_gib": memory_gib(self.device), "num_workers": float(self.num_workers)}
         if not timing.num_batches or not timing.elapsed_seconds:
             return pace
         steps_per_second = timing.num_batches / self.batches_per_step / timing.elapsed_seconds

@@ -1,25 +1,29 @@
 """Looks at held-out samples while training goes on: retrieval, matching, captions.
 
-Plain measures that need no library, to see whether training learns; the papers' metrics are those
-of `capfilt evaluate`. Dims: N held-out pairs, Q query tokens, E joint width.
+Small measures that show whether training learns; the papers' are those of `capfilt evaluate`, of
+which CIDEr is the same. Dims: N held-out pairs, Q query tokens, E joint width.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from jobs.evaluation.captions import cider
 from jobs.training.objectives import Batch, Look, Objective
+from pipeline.roc import area_under_curve
 
-RETRIEVAL, MATCHING, CAPTIONS = "retrieval_r1", "itm_auc", "caption_f1"
+RETRIEVAL, MATCHING, CAPTIONS = "retrieval_r1", "itm_auc", "cider"
+_MOST_CIDER = 10.0
 
 
 def probe(objective: Objective, batches: Sequence[Batch]) -> dict[str, float]:
     """Return what a model makes of held-out batches; it is left in training mode.
 
     `retrieval_r1` is the mean of both directions over all batches together, `itm_auc` how often a
-    true pair is ranked above a false one, `caption_f1` the overlap of words with the caption.
+    true pair is ranked above a false one, `cider` how close one caption an image comes to all that
+    the batches say of it, 0 to 10.
     """
     objective.model.eval()
     looks = [objective.look(batch) for batch in batches]
@@ -35,18 +39,23 @@ def probe(objective: Objective, batches: Sequence[Batch]) -> dict[str, float]:
     if looks[0].matches is not None:
         pairs = [look.matches for look in looks if look.matches is not None]
         true, false = (torch.cat(side) for side in zip(*pairs, strict=True))
-        found[MATCHING] = area_under_curve(true, false)
+        area = area_under_curve(*(side.float().cpu().numpy() for side in (true, false)))
+        assert area is not None, "every batch has pairs"
+        found[MATCHING] = area
     if looks[0].captions is not None:
         written = [caption for look in looks for caption in look.captions or ()]
-        texts = [text for batch in batches for text in batch.texts]
-        found[CAPTIONS] = sum(map(word_f1, written, texts)) / len(texts)
+        found[CAPTIONS] = _cider(written, batches)
         found["num_distinct_captions"] = float(len(set(written)))
     return found
 
 
 def score_of(found: dict[str, float]) -> float | None:
-    """Return the one number by which the best checkpoint is kept, or None: the mean of all."""
-    measured = [found[name] for name in (RETRIEVAL, MATCHING, CAPTIONS) if name in found]
+    """Return the one number by which the best checkpoint is kept, or None: the mean of all.
+
+    Each is a share of what can be reached.
+    """
+    most = {RETRIEVAL: 1.0, MATCHING: 1.0, CAPTIONS: _MOST_CIDER}
+    measured = [found[name] / most[name] for name in most if name in found]
     return sum(measured) / len(measured) if measured else None
 
 
@@ -64,23 +73,21 @@ def retrieval_at_1(images: Tensor, texts: Tensor, image_ids: Tensor) -> float:
     return float(torch.stack(hits).float().mean())
 
 
-def area_under_curve(true: Tensor, false: Tensor) -> float:
-    """Return how likely a true pair's score is above a false one's; ties count half."""
-    difference = true[:, None].float() - false[None].float()
-    return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
-
-
-def word_f1(written: str, reference: str) -> float:
-    """Return the harmonic mean of precision and recall of words."""
-    ours, theirs = Counter(written.lower().split()), Counter(reference.lower().split())
-    common = (ours & theirs).total()
-    return 2 * common / (ours.total() + theirs.total()) if common else 0.0
+def _cider(written: Sequence[str], batches: Sequence[Batch]) -> float:
+    """Return the CIDEr of each image's caption; an image that came several times counts once."""
+    ids = [number for batch in batches for number in batch.image_ids.tolist()]
+    texts = [text for batch in batches for text in batch.texts]
+    captions, references = dict(zip(ids, written, strict=True)), defaultdict(list)
+    for number, text in zip(ids, texts, strict=True):
+        references[number].append(text)
+    return cider(list(captions.values()), [references[number] for number in captions])
 
 
 def _losses(looks: Sequence[Look]) -> dict[str, float]:
-    found = {}
-    for name in ("lm_seen", "lm_blind"):
-        values = [value for look in looks if (value := getattr(look, name)) is not None]
-        if values:
-            found[name] = sum(values) / len(values)
-    return found
+    told = [look.lm for look in looks if look.lm is not None]
+    if not told:
+        return {}
+    return {
+        f"lm_{name}": sum(getattr(each, name) for each in told) / len(told)
+        for name in ("seen", "blind", "blank")
+    }

@@ -44,7 +44,7 @@ def train_on_ray(job: TrainingJob, address: str | None = None) -> None:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": job, "launch": launch},
-            scaling_config=_scaling(workers, uses_gpu=uses_gpu),
+            scaling_config=scaling(workers, uses_gpu=uses_gpu),
             torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
             run_config=RunConfig(
                 name=f"{job.stage}-{launch}",
@@ -56,7 +56,8 @@ def train_on_ray(job: TrainingJob, address: str | None = None) -> None:
     _raise_problem(job, launch)
 
 
-def _scaling(workers: WorkersConfig, *, uses_gpu: bool) -> ScalingConfig:
+def scaling(workers: WorkersConfig, *, uses_gpu: bool) -> ScalingConfig:
+    """Return what Ray is asked for; with a range of workers it starts again with those it finds."""
     possible = workers.possible
     number: Any = workers.num_workers  # Ray's own annotation has no place for a range
     if len(possible) > 1:

@@ -16,6 +16,7 @@ from jobs.training.data import MicroBatches, cut, num_pairs, open_loader, open_t
 from jobs.training.exports import ExportCard, read_card, write_export
 from jobs.training.job import TrainingJob
 from jobs.training.plan import Plan, plan_stage
+from jobs.training.shard import check_sharding, gather_llm, shard_llm
 from jobs.training.step import Precision, StepOptions, Stepper
 from jobs.training.watch import TrainingWatch
 from model.weight_files import CheckpointError
@@ -38,6 +39,7 @@ class Session:
     stepper: Stepper
     checkpoints: Checkpoints
     content: dict[str, Any]  # all that decides the weights
+    is_sharded: bool = False  # each rank holds a part of the language model
 
     def resume(self) -> Manifest | None:
         """Load the newest checkpoint, if there is one, and return it.
@@ -102,7 +104,12 @@ class Session:
         return card if card is not None and card.content == self.content else None
 
     def hand_over(self, watch: TrainingWatch) -> ExportCard | None:
-        """Write the export on rank 0; every rank returns its card once it is there."""
+        """Write the export on rank 0; every rank returns its card once it is there.
+
+        A language model in shards is put together for it: this is the last that is done.
+        """
+        if self.is_sharded:
+            gather_llm(self.built.objective.model, self.context)
         if self.context.is_main:
             facts = {
                 "step": self.plan.num_steps,
@@ -133,6 +140,7 @@ def open_session(job: TrainingJob, context: TrainContext, stack: ExitStack) -> S
 
     Raises UserError, before any step, for whatever is missing or does not fit.
     """
+    check_sharding(job)
     plan = plan_stage(job.stage, job.section, num_pairs(job))
     pieces = cut(job, plan.global_batch_size, context)
     store = job.open_store()
@@ -158,6 +166,7 @@ def open_session(job: TrainingJob, context: TrainContext, stack: ExitStack) -> S
             seed=job.seed,
             is_compiled=job.config.is_compiled,
         )
+        is_sharded = job.section.shards_llm and shard_llm(built.objective.model, context)
         stepper = Stepper(built.objective, plan, context, options)
     except (CheckpointError, ValueError) as error:
         raise UserError(f"{job.stage}: {error}") from error
@@ -174,6 +183,7 @@ def open_session(job: TrainingJob, context: TrainContext, stack: ExitStack) -> S
         stepper=stepper,
         checkpoints=stack.enter_context(checkpoints),
         content=_content(job, plan, loader, built),
+        is_sharded=is_sharded,
     )
 
 

@@ -57,8 +57,8 @@ class TrainingWatch:
         self._window.add(losses)
 
     def look(self, batches: Sequence[Batch]) -> None:
-        """Probe the model on held-out batches; rank 0 does, the others go on to wait for it."""
-        if self._context.is_main and batches:
+        """Probe the model on held-out batches; ranks without any go on to wait for the others."""
+        if batches:
             self.probes = self._new_probes = self._probe(self._objective, batches)
 
     def record(self, step: int, rate: float, timing: LoaderTiming) -> None:
@@ -66,14 +66,15 @@ class TrainingWatch:
         self.losses = self._window.means()
         if self._log is None:
             return
-        numbers = self.losses | self._objective.numbers() | self._new_probes
-        self._new_probes = {}
-        alarms = self._gates.judge(step, numbers)
+        numbers = self.losses | self._objective.numbers()
+        alarms = self._gates.judge(step, numbers | self._new_probes)
         for alarm in alarms:
             if alarm.name not in self._told:
                 _log.warning("step %d: %s: %s", step, alarm.name, alarm.advice)
         self._told = {alarm.name for alarm in alarms}
         record: dict[str, Any] = {"step": step, "rate": rate, **numbers}
+        if self._new_probes:
+            record["probe"], self._new_probes = self._new_probes, {}
         record["alarms"] = {alarm.name: alarm.advice for alarm in alarms}
         self._log.write(record | {"pace": self.pace.numbers(timing)})
 

@@ -18,10 +18,11 @@ from pipeline.image_decode import Pixels, decode
 from pipeline.image_header import read_header
 from pipeline.report.build import write_file
 from pipeline.report.gallery import spread
-from pipeline.report.labels import LabelledPair
+from pipeline.report.labels import LabelledPair, stored_captions
 from pipeline.report.ledgers import Ledgers, Row, Snapshot, SqlLimits
 from pipeline.report.scores import FINE, SCORES
 from pipeline.report.thumbnails import images_of
+from pipeline.roc import area_under_curve
 from pipeline.sample import SampleError, canonical_json
 
 NUM_POINTS = 60  # of a curve
@@ -33,10 +34,6 @@ _PAIRS_SQL = """
     SELECT key, text FROM {table}
     WHERE verdict = 'kept' AND origin IN ('web', 'human') AND index = 0 AND text IS NOT NULL
     ORDER BY hash(key), key LIMIT {rows}
-"""
-_LABELLED_SQL = """
-    SELECT l.is_match, c.itm, c.itc, c.clip FROM captions AS c JOIN labels AS l
-    ON c.source = l.source AND c.key = l.key AND c.origin = l.origin AND c.index = l.index
 """
 _WHOLE_SQL = """
     SELECT floor({score}::DOUBLE * {fine})::INTEGER, count(*) FROM captions
@@ -143,7 +140,7 @@ class Calibration:
 
 def calibrate(
     corpus: Corpus,
-    labelled: Sequence[LabelledPair] | None = None,
+    labelled: Sequence[LabelledPair] = (),
     *,
     scorer: PairScorer | None = None,
     config: CalibrationConfig | None = None,
@@ -167,14 +164,16 @@ def calibrate(
         if scorer is not None:
             pairs, shuffled = _shuffled_pairs(corpus, ledgers, scorer, config)
             found += _all_scores(pairs, shuffled, SHUFFLED, budgets, config)
-        labels = _labelled_rows(ledgers, labelled or ())
-        right = [row[1:] for row in labels if row[0]]
-        wrong = [row[1:] for row in labels if not row[0]]
+        known = stored_captions(ledgers, labelled)
+        right, wrong = (
+            [(c.itm, c.itc, c.clip) for n, c in known.items() if labelled[n].is_match is kind]
+            for kind in (True, False)
+        )
         found += _all_scores(right, wrong, LABELLED, budgets, config)
     calibration = Calibration(
         num_pairs=len(pairs),
         num_shuffled=len(shuffled),
-        num_labelled=len(labels),
+        num_labelled=len(known),
         wanted_precision=config.wanted_precision,
         wanted_share=config.wanted_share,
         scores=tuple(found),
@@ -252,21 +251,6 @@ def _pixels(data: bytes | None, max_pixels: int) -> Pixels | None:
         return None  # the scoring stage has counted it
 
 
-def _labelled_rows(ledgers: Ledgers, labelled: Sequence[LabelledPair]) -> list[Row]:
-    if not labelled:
-        return []
-    ledgers.execute(
-        "CREATE TABLE labels (source VARCHAR, key VARCHAR, origin VARCHAR, index INTEGER, "
-        "is_match BOOLEAN)"
-    )
-    for pair in labelled:
-        ledgers.execute(
-            "INSERT INTO labels VALUES (?, ?, ?, ?, ?)",
-            [pair.source, pair.key, pair.origin, pair.index, pair.is_match],
-        )
-    return ledgers.rows(_LABELLED_SQL)
-
-
 def _all_scores(
     right: Sequence[Row],
     wrong: Sequence[Row],
@@ -303,13 +287,15 @@ def calibration_of(
         and point.precision >= wanted_precision
     ]
     low, high = float(everything[0]), float(everything[-1])
+    auroc = area_under_curve(right, wrong)
+    assert auroc is not None, "both kinds have values"
     grid = np.linspace(low, high, NUM_POINTS) if high > low else np.array([low])
     return ScoreCalibration(
         score=score,
         against=against,
         num_right=len(right),
         num_wrong=len(wrong),
-        auroc=_auroc(right, wrong),
+        auroc=auroc,
         points=tuple(_point(right, wrong, float(threshold)) for threshold in grid),
         for_precision=precise[0] if precise else None,
         for_share=None if budget is None else _point(right, wrong, budget),
@@ -320,9 +306,3 @@ def _point(right: _Scores, wrong: _Scores, threshold: float) -> Point:
     """Return what a threshold does to sorted scores."""
     r, w = (float((len(s) - np.searchsorted(s, threshold)) / len(s)) for s in (right, wrong))
     return Point(threshold, r / (r + w) if r + w else None, r, (r + w) / 2)
-
-
-def _auroc(right: _Scores, wrong: _Scores) -> float:
-    """Return the probability that a right pair scores above a wrong one; ties count half."""
-    below = np.searchsorted(wrong, right, side="left") + np.searchsorted(wrong, right, side="right")
-    return float(below.sum() / (2 * len(right) * len(wrong)))

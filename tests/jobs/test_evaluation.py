@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jobs.evaluation.captions import caption_quality
-from jobs.evaluation.matching import area_under_curve, matching
+from jobs.evaluation.matching import matching
 from jobs.evaluation.retrieval import retrieval
 
 
@@ -89,12 +89,6 @@ def test_java_that_is_asked_for_and_missing_is_said_so(monkeypatch):
 def test_a_caption_without_a_reference_is_refused():
     with pytest.raises(ValueError, match="needs references"):
         caption_quality(["a star"], [[]])
-
-
-def test_area_under_the_curve_counts_pairs_and_half_of_ties():
-    scores, is_right = np.array([0.9, 0.5, 0.5, 0.1]), np.array([True, True, False, False])
-    assert area_under_curve(scores, is_right) == pytest.approx(3.5 / 4)
-    assert area_under_curve(scores, np.ones(4, bool)) is None
 
 
 def test_precision_and_recall_at_a_threshold():

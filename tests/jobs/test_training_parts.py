@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from transformers import BertTokenizer
 
 from jobs.errors import UserError
+from jobs.evaluation.captions import caption_quality
 from jobs.training.config import (
     STAGES,
     StageConfig,
@@ -21,9 +22,10 @@ from jobs.training.config import (
 from jobs.training.context import TrainContext
 from jobs.training.gates import ITM_PRIOR, PATIENCE, DivergedError, Expectations, FiniteGuard, Gates
 from jobs.training.logs import MetricsLog, open_sinks, read_metrics
+from jobs.training.objectives import Batch, Look
 from jobs.training.pace import Pace
 from jobs.training.plan import plan_stage
-from jobs.training.probes import area_under_curve, retrieval_at_1, word_f1
+from jobs.training.probes import probe, retrieval_at_1, score_of
 from jobs.training.step import Window
 from jobs.training.texts import (
     TextTokenizer,
@@ -151,6 +153,7 @@ EXPECTED = Expectations(num_contrasted=64, temperature_range=(0.001, 0.5), after
         ("temperature_at_limit", {"temperature": 0.001}),
         ("temperature_at_limit", {"temperature": 0.5}),
         ("lm_blind", {"lm_seen": 3.0}),
+        ("lm_blind", {"lm_blank": 2.0}),
         ("same_caption", {"num_distinct_captions": 1.0}),
     ],
 )
@@ -268,9 +271,31 @@ def test_probes_measure_what_their_names_say():
     assert retrieval_at_1(feats, feats.roll(1, 0), torch.zeros(4)) == 1.0  # one image throughout
     queries = torch.stack((torch.zeros(4, 4), feats), dim=1)
     assert retrieval_at_1(queries, feats, ids) == 1.0
-    assert area_under_curve(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 2.0])) == 0.875
-    assert word_f1("a red circle", "A red square") == pytest.approx(2 / 3)
-    assert word_f1("", "a") == 0.0
+
+
+class Captioning:
+    """An objective that says what it is told of each image."""
+
+    def __init__(self, says):
+        self.model, self.says = torch.nn.Identity(), says
+
+    def look(self, batch):
+        return Look(captions=[self.says[number] for number in batch.image_ids.tolist()])
+
+
+def test_captions_are_probed_by_the_same_cider_as_evaluation():
+    texts = {1: ["A red star.", "a star"], 2: ["a green heart"], 3: ["two blue squares"]}
+    rows = [(1, texts[1][0]), (2, texts[2][0]), (3, texts[3][0]), (1, texts[1][1])]
+    says = {1: "a red star", 2: "a heart", 3: ""}
+    batches = [
+        Batch(torch.zeros(2, 3, 2, 2), torch.tensor(ids), None, said)
+        for ids, said in (zip(*rows[start : start + 2], strict=True) for start in (0, 2))
+    ]
+    found = probe(Captioning(says), batches)
+    wanted = caption_quality(list(says.values()), list(texts.values())).figures["CIDEr"]
+    assert found == {"cider": wanted, "num_distinct_captions": 3.0}
+    assert 0 < wanted < 10
+    assert score_of(found) == wanted / 10
 
 
 @pytest.fixture(params=["disk", "object storage"])

@@ -5,6 +5,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import (
@@ -156,6 +157,20 @@ def test_models_are_measured_on_images_that_none_has_seen(done, recipe, stage, f
     config = recipe.evaluation.model_copy(update={"batch_size": 3})
     in_threes = evaluate(recipe.model_copy(update={"evaluation": config}), stage)
     assert in_threes.figures == pytest.approx(found.figures)
+
+
+def test_a_filter_is_judged_by_labelled_captions(done, recipe, tmp_path):
+    corpus, labels = Corpus(recipe.root), tmp_path / "labels.csv"
+    (record,) = corpus.shards("raw", "test")
+    with corpus.open(record, "parquet") as stream:
+        keys = pq.read_table(stream, columns=["key"])["key"].to_pylist()
+    rows = [f"{key},{text},{int(text != 'a lie')}" for key in keys for text in ("a star", "a lie")]
+    labels.write_text("\n".join(["key,caption,is_match", *rows]) + "\n")
+    config = recipe.evaluation.model_copy(update={"labels": str(labels)})
+    found = evaluate(recipe.model_copy(update={"evaluation": config}), "filter")
+    assert found.to_json()["filter"]["pairs"] == 2 * len(keys)
+    assert {"ITM AUC", "ITC AUC", "TR@1"} <= found.figures.keys()
+    assert "precision" in found.text()
 
 
 def test_what_is_not_trained_cannot_be_measured(recipe, tmp_path):

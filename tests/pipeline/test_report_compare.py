@@ -312,8 +312,20 @@ def test_labels_are_read_from_a_table_and_keys_stay_text(tmp_path):
     path.write_text("key,source,is_match,index\n000042,laion,yes,3\n000043,laion,0,\n")
     first, second = read_labels(str(path))
     expected = {"source": "laion", "key": "000042", "origin": "web", "index": 3, "is_match": True}
-    assert dataclasses.asdict(first) == expected
+    assert dataclasses.asdict(first) == expected | {"text": None}
     assert (second.key, second.index, second.is_match) == ("000043", 0, False)
+
+
+def test_labels_in_json_lines_may_have_texts_and_leave_out_the_source(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"key": "000042", "caption": "a cat", "is_match": 1}\n')
+    (label,) = read_labels(str(path), "coco")
+    assert (label.key, label.source, label.text, label.is_match) == (
+        "000042",
+        "coco",
+        "a cat",
+        True,
+    )
 
 
 @pytest.mark.parametrize(
