@@ -69,7 +69,7 @@ def _language_model(
         llm = preset.llm.build(has_dropout=section.has_llm_dropout)
         tokenizer = _byte_tokenizer()
     else:
-        transformers.logging.disable_progress_bar()  # this software's own says what is going on
+        transformers.utils.logging.disable_progress_bar()  # this software says what is going on
         try:
             llm = load_llm(
                 name, dtype=dtype or preset.llm.dtype, has_dropout=section.has_llm_dropout
