@@ -69,6 +69,8 @@ class SourceConfig(BaseModel):
     """Folder, fsspec URL or zip that holds the images already; file names are looked up in it."""
     image_data: str | None = None
     """Visual Genome: image_data.json, which holds the URLs."""
+    one_in: Annotated[int, Field(ge=1)] = 1
+    """Reads the first of every so many records, so that a rehearsal sees all of the list."""
     max_caption_chars: Annotated[int, Field(ge=1)] = 10_000
     """A record with a longer caption is malformed."""
     max_url_chars: Annotated[int, Field(ge=16)] = 8192
@@ -82,7 +84,10 @@ class SourceConfig(BaseModel):
         Where the lists and images lie is not among them: a corpus may be continued on a machine
         that keeps them elsewhere.
         """
-        return self.model_dump(mode="json", exclude={"paths", "image_root", "image_data"})
+        content = self.model_dump(mode="json", exclude={"paths", "image_root", "image_data"})
+        if self.one_in == 1:
+            del content["one_in"]  # so that whole lists are called what they always were
+        return content
 
     @model_validator(mode="before")
     @classmethod
