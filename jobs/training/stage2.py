@@ -65,11 +65,15 @@ def _language_model(
         llm = preset.llm.build(has_dropout=section.has_llm_dropout)
         tokenizer = _byte_tokenizer()
     else:
+        revision = job.config.revisions.get(name)
         try:
             llm = load_llm(
-                name, dtype=dtype or preset.llm.dtype, has_dropout=section.has_llm_dropout
+                name,
+                dtype=dtype or preset.llm.dtype,
+                revision=revision,
+                has_dropout=section.has_llm_dropout,
             )
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         except OSError as error:
             raise UserError(
                 f"training.stage2.llm = {name!r} can neither be found on this machine nor "
