@@ -20,6 +20,7 @@ class SourceFormat(StrEnum):
     TABLE = "table"
     FOLDER = "folder"
     WEBDATASET = "webdataset"
+    IMG2DATASET = "img2dataset"
 
 
 class TableFormat(StrEnum):
@@ -99,6 +100,8 @@ class SourceConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_format(self) -> Self:
+        if self.format is SourceFormat.IMG2DATASET and (self.image_root or self.base_url):
+            raise ValueError("img2dataset's images are in its tars: leave out image_root, base_url")
         if self.format is SourceFormat.VISUAL_GENOME and not (self.image_data or self.image_root):
             raise ValueError(
                 "visual_genome keeps its URLs in image_data.json: set image_data, or image_root"
@@ -134,6 +137,10 @@ _BY_FORMAT: dict[str, dict[str, object]] = {
         "table_format": TableFormat.TSV,
         "column_names": ("url", "caption"),
         "is_quoted": False,
+    },
+    SourceFormat.IMG2DATASET: {
+        "table_format": TableFormat.PARQUET,
+        "extra_columns": ("key",),  # theirs, for ours is another
     },
     SourceFormat.COCO: {
         "origin": Origin.HUMAN,
