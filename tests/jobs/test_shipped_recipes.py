@@ -8,11 +8,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from scripted_web import pictures
+from stand_ins import FILES, pictures, write_laion, write_lists
 
 import jobs.cli
 from jobs.errors import RecipeError
@@ -70,48 +69,11 @@ def lists(tmp_path_factory):
         yield folder, server
 
 
-def write_lists(folder, urls):
-    images = [{"id": n, "coco_url": url} for n, url in enumerate(urls)]
-    captions = [{"image_id": n, "caption": f"picture {n}"} for n in range(len(urls))]
-    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    regions = [{"id": n, "regions": [{"phrase": f"picture {n}"}]} for n in range(len(urls))]
-    (folder / "regions.json").write_text(json.dumps(regions))
-    data = [{"image_id": n, "url": url} for n, url in enumerate(urls)]
-    (folder / "image_data.json").write_text(json.dumps(data))
-    (folder / "cc3m.tsv").write_text("".join(f"picture\t{url}\n" for url in urls))
-    (folder / "cc12m.tsv").write_text("".join(f"{url}\tpicture\n" for url in urls))
-    sbu = {"image_urls": urls, "captions": ["picture"] * len(urls)}
-    (folder / "sbu.json").write_text(json.dumps(sbu))
-    write_laion(folder / "laion.parquet", urls, [480] * len(urls))
-
-
-def write_laion(path, urls, heights):
-    columns = {
-        "SAMPLE_ID": list(range(len(urls))),
-        "URL": urls,
-        "TEXT": ["picture"] * len(urls),
-        "HEIGHT": heights,
-        "WIDTH": [640] * len(urls),
-        "LICENSE": ["?"] * len(urls),
-        "NSFW": ["UNLIKELY"] * len(urls),
-        "similarity": [0.33] * len(urls),
-    }
-    pq.write_table(pa.table(columns), path)
-
-
 def pointed_at(lists, name, root):
     """The `--set` arguments that give a recipe the stand-in lists."""
     folder, server = lists
-    files = {
-        "coco": "coco.json",
-        "visual_genome": "regions.json",
-        "cc3m": "cc3m.tsv",
-        "cc12m": "cc12m.tsv",
-        "sbu": "sbu.json",
-        "laion": "laion.parquet",
-    }
     named = [source.name for source in load_recipe(path_of(name)).sources]
-    sets = [f"sources.{each}.paths=['{folder / files[each]}']" for each in named]
+    sets = [f"sources.{each}.paths=['{folder / FILES[each]}']" for each in named]
     if "visual_genome" in named:
         sets.append(f"sources.visual_genome.image_data='{folder / 'image_data.json'}'")
     sets += [f"root='{root}'", "run.engine=local", "fetch.allowed_networks=[127.0.0.1/32]"]
