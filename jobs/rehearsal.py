@@ -5,8 +5,11 @@ counts rows or steps is divided.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from jobs.errors import UserError
 
 if TYPE_CHECKING:  # the recipe has this file's section
     from jobs.recipe import Recipe
@@ -41,7 +44,8 @@ class RehearsalConfig(BaseModel):
 def rehearsed(recipe: "Recipe", config: RehearsalConfig) -> "Recipe":
     """Return the recipe of a rehearsal, without the overrides.
 
-    Every list is read evenly, one row in so many. Raises UserError for a preset that is none.
+    Every list is read evenly, one row in so many. Raises UserError for a preset that is none, and
+    for a root that has no place beside it.
     """
     one_in = config.one_in
     download = recipe.download
@@ -53,7 +57,7 @@ def rehearsed(recipe: "Recipe", config: RehearsalConfig) -> "Recipe":
     return recipe.model_copy(
         update={
             "name": recipe.name[: _MAX_NAME_CHARS - len(SUFFIX)] + SUFFIX,
-            "root": recipe.root.rstrip("/") + SUFFIX,
+            "root": _beside(recipe.root),
             "sources": tuple(
                 each.model_copy(update={"one_in": each.one_in * one_in}) for each in recipe.sources
             ),
@@ -68,6 +72,16 @@ def rehearsed(recipe: "Recipe", config: RehearsalConfig) -> "Recipe":
             "rehearsal": None,
         }
     )
+
+
+def _beside(root: str) -> str:
+    """Return another root, in the folder or bucket of this one."""
+    if "://" in root and not urlsplit(root).path.strip("/"):
+        raise UserError(
+            f"root = {root}: a rehearsal is written beside its run's root, and beside a whole "
+            f"bucket there is only somebody's other one; name a folder in it: {root}/..."
+        )
+    return root.rstrip("/") + SUFFIX
 
 
 def _shorter(config: "TrainingConfig", one_in: int) -> "TrainingConfig":

@@ -14,7 +14,9 @@ import yaml
 from stand_ins import FILES, pictures, write_laion, write_lists
 
 import jobs.cli
-from jobs.errors import RecipeError
+from jobs.demo.plan import WebConfig
+from jobs.demo.web import build_web
+from jobs.errors import RecipeError, UserError
 from jobs.estimate.command import Question, answer
 from jobs.estimate.rates import load_rates
 from jobs.estimate.work import work_of
@@ -33,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "jobs" / "recipes"
 CLUSTER = ROOT / "ray_cluster.yaml"
 BIG = ("cc3m", "blip-14m", "blip2-129m")
+DEMO_SOURCES = ("laion", "cc3m", "human", "test")
 ROWS = 2500  # of each stand-in list: three of them in a rehearsal
 
 
@@ -319,6 +322,51 @@ def test_a_dry_run_of_the_demos_recipe_needs_its_web_alone(tmp_path, capsys):
     sets = [f"--set=sources.{name}.paths=['{tmp_path / file}']" for name, file in paths.items()]
     assert capfilt("run", path_of("demo"), "--dry-run", *sets) == 0
     assert "download laion: 1 rows in 1 shards" in capsys.readouterr().out
+
+
+def test_a_plan_of_a_rehearsal_is_asked_for_by_the_same_flag(capsys):
+    arguments = ["--cluster", CLUSTER, "--rates", "rows.cc3m=3318333", "--rehearsal"]
+    assert capfilt("plan", path_of("cc3m"), *arguments) == 0
+    assert "# Plan of cc3m-rehearsal on capfilt" in (out := capsys.readouterr().out)
+    assert "3,319 rows of 1 sources in 34 shards" in out
+
+
+@pytest.mark.parametrize("root", ["s3://my-bucket", "gs://my-bucket/"])
+def test_a_rehearsal_never_goes_to_another_bucket(root):
+    with pytest.raises(UserError, match="beside a whole bucket.*name a folder in it"):
+        load_recipe(path_of("cc3m"), [f"root={root}"], is_rehearsal=True)
+    inside = load_recipe(path_of("cc3m"), [f"root={root.rstrip('/')}/a/"], is_rehearsal=True)
+    assert inside.root == f"{root.rstrip('/')}/a-rehearsal"
+
+
+def test_a_rehearsal_goes_through_the_whole_job_beside_the_runs_root(tmp_path, capsys):
+    web = build_web(tmp_path / "web", WebConfig(num_web=100, num_human=40, num_test=20, port=0))
+    tiny = {"preset": "tiny", "num_steps": 30, "global_batch_size": 4, "num_frozen_layers": 0}
+    stages = {
+        "med": tiny | {"image_encoder": "random", "queue_size": 32},
+        "captioner": tiny,
+        "filter": tiny | {"queue_size": 32},
+        "stage1": tiny | {"image_encoder": "trained"},
+    }
+    sets = [f"sources.{name}.paths=['{getattr(web.lists, name)}']" for name in DEMO_SOURCES]
+    sets += [
+        f"training.{stage}.{key}={value}"
+        for stage, section in stages.items()
+        for key, value in section.items()
+    ]
+    sets += [f"root='{tmp_path / 'corpus'}'", f"fetch.allowed_ports=[{web.port}]"]
+    sets += ["rehearsal.one_in=2", "select.itm_threshold=0.3"]
+    flags = ["--rehearsal", *(f"--set={each}" for each in sets)]
+    with web.serve():
+        assert capfilt("run", path_of("demo"), *flags) == 0
+    capsys.readouterr()
+    assert capfilt("pretrain", path_of("demo"), "--stage", "stage1", *flags, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 20
+    assert not (tmp_path / "corpus").exists()
+    corpus = Corpus(str(tmp_path / "corpus-rehearsal"))
+    for source, num_rows in {"laion": 30, "cc3m": 20, "human": 20, "test": 10}.items():
+        assert sum(record.rows_in for record in corpus.shards("clean", source)) == num_rows
+    assert list(verify(corpus)) == []
 
 
 def test_a_rehearsal_is_resolved_once_and_says_so(tmp_path):
