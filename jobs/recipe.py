@@ -13,7 +13,7 @@ from jobs.errors import RecipeError
 from jobs.evaluation.config import AblationConfig, EvaluationConfig
 from jobs.rehearsal import RehearsalConfig, rehearsed
 from jobs.run_config import RunConfig
-from jobs.training.config import TrainingConfig
+from jobs.training.config import STAGES, TrainingConfig
 from jobs.yaml_lines import LocatedYaml, parse_yaml
 from pipeline.download import DownloadConfig
 from pipeline.model_configs import CaptionerConfig, ScorerConfig
@@ -112,7 +112,7 @@ def _rehearsed(recipe: Recipe, path: str) -> Recipe:
     config = recipe.rehearsal
     if config is None:
         raise RecipeError(f"{path}: rehearsal is null: this is a rehearsal's recipe already")
-    document = LocatedYaml(rehearsed(recipe, config).model_dump(mode="json"), path)
+    document = LocatedYaml(_document(rehearsed(recipe, config)), path)
     for key, value in config.overrides.items():
         _put(document, key.split("."), value, f"{path}: rehearsal.overrides.{key}")
     return _validated(document, path)
@@ -129,9 +129,20 @@ def _validated(document: LocatedYaml, path: str) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the fully resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    """Return the fully resolved recipe as YAML that `load_recipe` reads back to an equal recipe.
+
+    A stage of training has a section there if it has one here: to have one is to be asked for.
+    """
     # ASCII with escapes: left as they are, some line separators would be folded into spaces.
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(_document(recipe), sort_keys=False)
+
+
+def _document(recipe: Recipe) -> dict[str, Any]:
+    document = recipe.model_dump(mode="json")
+    if recipe.training is not None:
+        for stage in set(STAGES) - recipe.training.model_fields_set:
+            del document["training"][stage]
+    return document
 
 
 def recipe_schema() -> dict[str, Any]:

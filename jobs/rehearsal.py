@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.errors import UserError
+from jobs.training.config import STAGES
 
 if TYPE_CHECKING:  # the recipe has this file's section
     from jobs.recipe import Recipe
@@ -85,9 +86,9 @@ def _beside(root: str) -> str:
 
 
 def _shorter(config: "TrainingConfig", one_in: int) -> "TrainingConfig":
-    from jobs.training.config import STAGES  # brings nothing, but is no part of every command
-
-    changes: dict[str, Any] = {stage: _stage(config, stage, one_in) for stage in STAGES}
+    """Return training of fewer steps, of the stages that the recipe has a section for."""
+    asked = [stage for stage in STAGES if stage in config.model_fields_set]
+    changes: dict[str, Any] = {stage: _stage(config, stage, one_in) for stage in asked}
     changes["watch"] = _watch(config.watch, one_in)
     # Of few images a larger share, or probes would have nothing to look at.
     most = max(config.held_out_share, _MAX_HELD_OUT_SHARE)

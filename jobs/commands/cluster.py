@@ -57,7 +57,7 @@ def submit(
     place = () if address == _HERE else ("--address", address)
     again = as_typed("submit", recipe, sets, *place, *as_rehearsal(rehearsal))
     loaded = load_recipe(recipe, sets or (), is_rehearsal=rehearsal)
-    warn_of_moving_models(loaded, ())
+    warn_of_moving_models(loaded)
     server = JobServer(address)
     done = submit_run(server, loaded, again)
     attempt = done.attempt

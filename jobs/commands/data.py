@@ -60,7 +60,7 @@ def run(
         return run_whole(loaded, should_stop, address=address, command=again)
 
     again = as_typed("run", recipe, sets, *_place(address), *as_rehearsal(rehearsal))
-    warn_of_moving_models(loaded, ())
+    warn_of_moving_models(loaded)
     finish(work, again, as_json)
 
 

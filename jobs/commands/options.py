@@ -1,7 +1,6 @@
 """What all commands share: their options, their panels in --help, and exit codes."""
 
 import shlex
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,11 +36,12 @@ Rehearsal = Annotated[
 ]
 
 
-def warn_of_moving_models(recipe: "Recipe", stages: "Sequence[Stage]") -> None:
-    """Say which models of a recipe are no commit of the hub's, and may be others another day."""
+def warn_of_moving_models(recipe: "Recipe", *stages: "Stage") -> None:
+    """Say which models of a recipe, or of these stages, are no commit of the hub's: those move."""
     from jobs.hub_models import hub_models, unpinned
+    from jobs.training.config import STAGES
 
-    for line in unpinned(hub_models(recipe, stages)):
+    for line in unpinned(hub_models(recipe, stages or STAGES)):
         typer.echo(line, err=True)
 
 

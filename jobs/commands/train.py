@@ -52,7 +52,7 @@ def pretrain(
 
     name = _stage(stage)
     loaded = load_recipe(recipe, sets or (), is_rehearsal=rehearsal)
-    warn_of_moving_models(loaded.model_copy(update={"captioner": None, "scorer": None}), (name,))
+    warn_of_moving_models(loaded.model_copy(update={"captioner": None, "scorer": None}), name)
     job = training_job(loaded.model_copy(update={"root": _absolute(loaded.root)}), name)
     if dry_run:
         typer.echo(_describe(job, as_json))

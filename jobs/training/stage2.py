@@ -61,11 +61,11 @@ def _language_model(
 ) -> tuple[FrozenLlm, LlmTokenizer]:
     section = job.section
     name = section.llm or preset.llm.name
+    revision = job.config.revisions.get(name or "")
     if name is None:
         llm = preset.llm.build(has_dropout=section.has_llm_dropout)
         tokenizer = _byte_tokenizer()
     else:
-        revision = job.config.revisions.get(name)
         try:
             llm = load_llm(
                 name,

@@ -347,6 +347,7 @@ def test_a_rehearsal_goes_through_the_whole_job_beside_the_runs_root(tmp_path, c
         "captioner": tiny,
         "filter": tiny | {"queue_size": 32},
         "stage1": tiny | {"image_encoder": "trained"},
+        "stage2": tiny | {"llm": "null"},
     }
     sets = [f"sources.{name}.paths=['{getattr(web.lists, name)}']" for name in DEMO_SOURCES]
     sets += [
