@@ -11,8 +11,9 @@ from pydantic_core import ErrorDetails
 
 from jobs.errors import RecipeError
 from jobs.evaluation.config import AblationConfig, EvaluationConfig
+from jobs.rehearsal import RehearsalConfig, rehearsed
 from jobs.run_config import RunConfig
-from jobs.training.config import TrainingConfig
+from jobs.training.config import STAGES, TrainingConfig
 from jobs.yaml_lines import LocatedYaml, parse_yaml
 from pipeline.download import DownloadConfig
 from pipeline.model_configs import CaptionerConfig, ScorerConfig
@@ -74,6 +75,10 @@ class Recipe(BaseModel):
     run: RunConfig = Field(
         default_factory=RunConfig, description="Workers, resources and patience; pace alone."
     )
+    rehearsal: RehearsalConfig | None = Field(
+        default_factory=RehearsalConfig,
+        description="What --rehearsal makes of the recipe; null in one that is a rehearsal.",
+    )
 
     def content(self) -> dict[str, Any]:
         """Return what decides the raw shards' bytes: all but name, place, pace and patience.
@@ -89,15 +94,31 @@ class Recipe(BaseModel):
         }
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str, overrides: Sequence[str] = (), *, is_rehearsal: bool = False) -> Recipe:
     """Read a YAML recipe and apply overrides of the form `a.b=c`, the last of equal keys winning.
 
-    Raises RecipeError with one line for each problem: file and line, key, value, reason, and the
-    nearest valid key when the key is unknown.
+    What is asked for to be a rehearsal is made one after that, so that the same overrides give the
+    same recipe but smaller, and beside the run's root. Raises RecipeError with one line for each
+    problem: file and line, key, value, reason, and the nearest valid key when the key is unknown.
     """
     document = parse_yaml(_read(path), path)
     for override in overrides:
         _apply_override(document, override)
+    recipe = _validated(document, path)
+    return _rehearsed(recipe, path) if is_rehearsal else recipe
+
+
+def _rehearsed(recipe: Recipe, path: str) -> Recipe:
+    config = recipe.rehearsal
+    if config is None:
+        raise RecipeError(f"{path}: rehearsal is null: this is a rehearsal's recipe already")
+    document = LocatedYaml(_document(rehearsed(recipe, config)), path)
+    for key, value in config.overrides.items():
+        _put(document, key.split("."), value, f"{path}: rehearsal.overrides.{key}")
+    return _validated(document, path)
+
+
+def _validated(document: LocatedYaml, path: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
@@ -108,9 +129,20 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the fully resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    """Return the fully resolved recipe as YAML that `load_recipe` reads back to an equal recipe.
+
+    A stage of training has a section there if it has one here: to have one is to be asked for.
+    """
     # ASCII with escapes: left as they are, some line separators would be folded into spaces.
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(_document(recipe), sort_keys=False)
+
+
+def _document(recipe: Recipe) -> dict[str, Any]:
+    document = recipe.model_dump(mode="json")
+    if recipe.training is not None:
+        for stage in set(STAGES) - recipe.training.model_fields_set:
+            del document["training"][stage]
+    return document
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -153,29 +185,35 @@ def _apply_override(document: LocatedYaml, override: str) -> None:
             f"--set {override}: not of the form key=value, e.g. --set download.min_side_px=256"
         )
     value = parse_yaml(text, f"--set {key}", mapping=False).data
-    holder: Any = document.data
-    for position, part in enumerate(parts[:-1]):
-        holder = _step(holder, part, override, ".".join(parts[:position]))
-    if isinstance(holder, list):
-        holder[_index(holder, parts[-1], override)] = value
-    elif isinstance(holder, dict):
-        holder[parts[-1]] = value
-    else:
-        raise RecipeError(f"--set {override}: {'.'.join(parts[:-1])} is a value, not a section")
+    _put(document, parts, value, f"--set {override}")
     document.lines[tuple(parts)] = f"--set {key}"
 
 
-def _step(holder: Any, part: str, override: str, so_far: str) -> Any:  # noqa: ANN401 (YAML)
+def _put(document: LocatedYaml, parts: Sequence[str], value: object, shown: str) -> None:
+    """Set a key; `shown` is what errors call the setting."""
+    holder: Any = document.data
+    for position, part in enumerate(parts[:-1]):
+        holder = _step(holder, part, shown, ".".join(parts[:position]))
     if isinstance(holder, list):
-        return holder[_index(holder, part, override)]
+        holder[_index(holder, parts[-1], shown)] = value
+    elif isinstance(holder, dict):
+        holder[parts[-1]] = value
+    else:
+        raise RecipeError(f"{shown}: {'.'.join(parts[:-1])} is a value, not a section")
+    document.lines[tuple(parts)] = shown
+
+
+def _step(holder: Any, part: str, shown: str, so_far: str) -> Any:  # noqa: ANN401 (YAML)
+    if isinstance(holder, list):
+        return holder[_index(holder, part, shown)]
     if not isinstance(holder, dict):
-        raise RecipeError(f"--set {override}: {so_far} is a value, not a section")
+        raise RecipeError(f"{shown}: {so_far} is a value, not a section")
     if holder.get(part) is None:
         holder[part] = {}
     return holder[part]
 
 
-def _index(items: list[Any], part: str, override: str) -> int:
+def _index(items: list[Any], part: str, shown: str) -> int:
     """Find a list item by its position or by its `name`, so that `sources.cc3m.paths` works."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
@@ -183,7 +221,7 @@ def _index(items: list[Any], part: str, override: str) -> int:
     if part.isdecimal() and int(part) < len(items):
         return int(part)
     known = ", ".join(str(name) for name in names if name) or f"0 to {len(items) - 1}"
-    raise RecipeError(f"--set {override}: no item {part!r} in the list; there is: {known}")
+    raise RecipeError(f"{shown}: no item {part!r} in the list; there is: {known}")
 
 
 # --- what is wrong, where, and what was probably meant ------------------------------------------

@@ -26,6 +26,7 @@ from pipeline.models import (
     bert_tokenizer,
     resolve_model,
     weights_fingerprint,
+    with_commit,
 )
 
 
@@ -83,7 +84,11 @@ class Captioner:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Return the captioner that `config` names. Raises ModelError or CheckpointError."""
+        """Return the captioner that `config` names. Raises ModelError or CheckpointError.
+
+        Its own config says which commit a name on the hub stood for.
+        """
+        config = with_commit(config)
         folder = resolve_model(config)
         model = load_captioner(folder).to(device, dtype)
         return cls(

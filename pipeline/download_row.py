@@ -18,7 +18,13 @@ from pipeline.images import ImageConfig, ProcessedImage, process_image
 from pipeline.ledger import ledger_schema
 from pipeline.local_images import UNREADABLE, LocalImages
 from pipeline.sample import Caption, Origin, Sample, SampleError, Verdict, canonical_json
-from pipeline.sources.rows import HttpUrl, MalformedRow, SourceRow
+from pipeline.sources.rows import (
+    ElsewhereReason,
+    HttpUrl,
+    MalformedRow,
+    NotDownloaded,
+    SourceRow,
+)
 from pipeline.web.failures import FailureReason
 
 BLOCKED_IMAGE = "blocked_image"
@@ -155,6 +161,8 @@ class RowVisitor:
         if isinstance(row.location, HttpUrl):
             fetched = self._fetch(row.location.url)
             body = fetched.body
+        elif isinstance(row.location, NotDownloaded):
+            raise SampleError(row.location.reason, row.location.detail)
         else:
             fetched, body = None, self._local_images.read(row.location)
         return _Visit(fetched, body, None if body is None else hashlib.sha256(body).hexdigest())
@@ -208,11 +216,12 @@ def _lost(key: str, row: SourceRow | MalformedRow, visit: _Visit, error: SampleE
     verdict = Verdict.DROPPED if error.reason in _RULES else Verdict.FAILED
     reason = str(error.reason)
     detail = _storable(error.message[:_MAX_DETAIL_CHARS])
+    has_image = visit.body is not None or reason == ElsewhereReason.FAILED_TO_RESIZE
     ledger = {
         **_ledger_row(key, row, visit),
         "verdict": verdict.value,
         "reason": reason,
-        "status": "failed_to_download" if visit.body is None else "failed_to_resize",
+        "status": "failed_to_resize" if has_image else "failed_to_download",
         "error_message": reason if reason in _MOMENTARY or not detail else f"{reason}: {detail}",
     }
     return RowResult(

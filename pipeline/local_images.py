@@ -12,7 +12,7 @@ from typing import Self
 import fsspec
 
 from pipeline.sample import SampleError
-from pipeline.sources.rows import LocalImage, TarMember, ZipMember
+from pipeline.sources.rows import DownloadedImage, LocalImage, TarMember, ZipMember
 
 UNREADABLE = "unreadable_file"
 TOO_LARGE = "file_too_large"
@@ -27,13 +27,18 @@ class LocalImages:
         self._zips: dict[str, zipfile.ZipFile] = {}
         self._opening = threading.Lock()
 
-    def read(self, location: LocalImage | TarMember | ZipMember) -> bytes:
+    def read(self, location: LocalImage | TarMember | ZipMember | DownloadedImage) -> bytes:
         """Return the image's bytes; raises SampleError("unreadable_file" or "file_too_large")."""
         try:
             match location:
                 case LocalImage(path):
                     data = self._read_file(path)
-                case TarMember(tar=tar, byte_offset=offset, num_bytes=num_bytes):
+                case (
+                    TarMember(tar=tar, byte_offset=offset, num_bytes=num_bytes)
+                    | DownloadedImage(
+                        member=TarMember(tar=tar, byte_offset=offset, num_bytes=num_bytes)
+                    )
+                ):
                     data = self._read_span(tar, offset, num_bytes)
                 case ZipMember(zip=archive, member=member):
                     data = self._read_zip_member(archive, member)

@@ -14,7 +14,8 @@ class ModelConfig(BaseModel):
     name: Annotated[str, Field(min_length=1)]
     """`owner/name` on the hub, or the path of a local folder as transformers saves it."""
     revision: Annotated[str, Field(min_length=1)] | None = None
-    """Branch, tag or commit on the hub; None is the main branch. Not for a folder."""
+    """Commit, tag or branch on the hub; None is the main branch. Not for a folder. Only a commit is
+    the same model another day."""
 
 
 class Method(StrEnum):

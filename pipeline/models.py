@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ _FETCHED = (WEIGHTS, "*.json", "*.txt")
 # What OpenAI's CLIP and, after it, BLIP normalise by.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Config = TypeVar("Config", bound=ModelConfig)
 
 
 class ModelError(ValueError):
@@ -54,6 +56,17 @@ def resolve_model(config: ModelConfig) -> Path:
             f"(such as refs/pr/1), or a folder to which save_pretrained converted it"
         )
     return folder
+
+
+def with_commit(config: Config) -> Config:
+    """Return the config with the commit that a name on the hub stands for now, fetched.
+
+    A branch moves, and what was made has to say by what. Raises ModelError as `resolve_model` does.
+    """
+    folder = resolve_model(config)
+    if Path(config.name).is_dir():
+        return config
+    return config.model_copy(update={"revision": folder.name})  # .../snapshots/<commit>
 
 
 def _fetched(config: ModelConfig) -> Path:

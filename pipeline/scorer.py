@@ -33,6 +33,7 @@ from pipeline.models import (
     bert_tokenizer,
     resolve_model,
     weights_fingerprint,
+    with_commit,
 )
 
 # Stored scores have so many decimals: far finer than what they say, coarser than rounding inside
@@ -202,7 +203,13 @@ class Scorer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Return the scorer of a config. Raises ModelError or CheckpointError."""
+        """Return the scorer of a config. Raises ModelError or CheckpointError.
+
+        Its own config says which commits names on the hub stood for.
+        """
+        asked = {"filter": config.filter, "clip": config.clip}
+        found = {name: with_commit(each) for name, each in asked.items() if each is not None}
+        config = config.model_copy(update=found)
         has_filter = config.filter is not None
         itm_filter = ItmFilter.load(config, device=device, dtype=dtype) if has_filter else None
         clip = None

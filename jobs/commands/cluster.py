@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.commands.options import CLUSTER, DONE, AsJson, Overrides, RecipeFile, Root, as_typed
+from jobs.commands.options import (
+    CLUSTER,
+    DONE,
+    AsJson,
+    Overrides,
+    RecipeFile,
+    Rehearsal,
+    Root,
+    as_rehearsal,
+    as_typed,
+    warn_of_moving_models,
+)
 
 if TYPE_CHECKING:  # a command imports what it needs, so that --help and schema are instant
     from jobs.job_server import Attempt, JobServer
@@ -33,6 +44,7 @@ def submit(
     recipe: RecipeFile,
     sets: Overrides = None,
     address: Address = _HERE,
+    rehearsal: Rehearsal = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Follow the log until the run ends.")
     ] = True,
@@ -42,8 +54,10 @@ def submit(
     from jobs.recipe import load_recipe
     from jobs.submit import submit_run
 
-    again = as_typed("submit", recipe, sets, *([] if address == _HERE else ["--address", address]))
-    loaded = load_recipe(recipe, sets or ())
+    place = () if address == _HERE else ("--address", address)
+    again = as_typed("submit", recipe, sets, *place, *as_rehearsal(rehearsal))
+    loaded = load_recipe(recipe, sets or (), is_rehearsal=rehearsal)
+    warn_of_moving_models(loaded)
     server = JobServer(address)
     done = submit_run(server, loaded, again)
     attempt = done.attempt
@@ -128,7 +142,7 @@ def list_(address: Address = _HERE) -> None:
 @commands.command(
     rich_help_panel=CLUSTER, epilog="Example: capfilt plan cc3m.yaml --cluster ray_cluster.yaml"
 )
-def plan(
+def plan(  # noqa: PLR0913 - an option of the command line is an argument
     recipe: RecipeFile,
     cluster: Annotated[str, typer.Option(metavar="FILE", help="A Ray cluster file with prices.")],
     sets: Overrides = None,
@@ -142,6 +156,7 @@ def plan(
     probe_rows: Annotated[
         int, typer.Option("--probe", min=0, help="Measure first, with so many rows a source.")
     ] = 0,
+    rehearsal: Rehearsal = False,
     as_json: AsJson = False,
 ) -> None:
     """Reckon what a run will take on a cluster: hours, GPU-hours, TB, money, survivors.
@@ -150,7 +165,8 @@ def plan(
     """
     from jobs.estimate.command import Question, answer
 
-    question = Question(recipe, cluster, tuple(sets or ()), tuple(rates or ()), probe_rows)
+    given = tuple(sets or ()), tuple(rates or ())
+    question = Question(recipe, cluster, *given, probe_rows, rehearsal)
     typer.echo(answer(question, as_json=as_json))
 
 

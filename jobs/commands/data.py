@@ -13,7 +13,10 @@ from jobs.commands.options import (
     DryRun,
     Overrides,
     RecipeFile,
+    Rehearsal,
+    as_rehearsal,
     as_typed,
+    warn_of_moving_models,
 )
 from jobs.errors import RunError, UserError
 
@@ -38,6 +41,7 @@ def run(
     recipe: RecipeFile,
     sets: Overrides = None,
     address: Address = None,
+    rehearsal: Rehearsal = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +49,7 @@ def run(
 
     With --set run.workers=8 it starts Ray on this machine and works with up to 8 processes a stage.
     """
-    loaded = _load(recipe, sets)
+    loaded = _load(recipe, sets, rehearsal)
     if dry_run:
         _describe(loaded, as_json)
         return
@@ -55,7 +59,8 @@ def run(
 
         return run_whole(loaded, should_stop, address=address, command=again)
 
-    again = as_typed("run", recipe, sets, *_place(address))
+    again = as_typed("run", recipe, sets, *_place(address), *as_rehearsal(rehearsal))
+    warn_of_moving_models(loaded)
     finish(work, again, as_json)
 
 
@@ -66,14 +71,15 @@ def download(
     recipe: RecipeFile,
     sets: Overrides = None,
     address: Address = None,
+    rehearsal: Rehearsal = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Fetch the images of every source into raw shards, with a verdict for every row."""
     if dry_run:
-        _describe(_load(recipe, sets), as_json)
+        _describe(_load(recipe, sets, rehearsal), as_json)
         return
-    _one_stage("download", recipe, sets, address, as_json)
+    _one_stage("download", recipe, sets, address, rehearsal, as_json)
 
 
 @commands.command(rich_help_panel=BUILD, epilog="Example: capfilt retry cc3m.yaml --only transient")
@@ -84,12 +90,13 @@ def retry(
         str, typer.Option(help="Which failed rows: 'transient' or 'all'.", metavar="WHICH")
     ] = "transient",
     address: Address = None,
+    rehearsal: Rehearsal = False,
     as_json: AsJson = False,
 ) -> None:
     """Visit failed rows of committed shards again, another day; what succeeded is not touched."""
     if only not in ("transient", "all"):
         raise UserError(f"--only {only}: neither 'transient' nor 'all'")
-    loaded = _load(recipe, sets)
+    loaded = _load(recipe, sets, rehearsal)
 
     def work(should_stop: Callable[[], bool]) -> "RunSummary":
         from jobs import run as jobs_run
@@ -103,46 +110,60 @@ def retry(
             command=again,
         )
 
-    again = as_typed("retry", recipe, sets, f"--only={only}", *_place(address))
+    others = (f"--only={only}", *_place(address), *as_rehearsal(rehearsal))
+    again = as_typed("retry", recipe, sets, *others)
     finish(work, again, as_json)
 
 
 @commands.command(rich_help_panel=BUILD, epilog="Example: capfilt score cc3m.yaml")
 def score(
-    recipe: RecipeFile, sets: Overrides = None, address: Address = None, as_json: AsJson = False
+    recipe: RecipeFile,
+    sets: Overrides = None,
+    address: Address = None,
+    rehearsal: Rehearsal = False,
+    as_json: AsJson = False,
 ) -> None:
     """Caption raw shards and score every caption; nothing is thrown away."""
-    _one_stage("score", recipe, sets, address, as_json)
+    _one_stage("score", recipe, sets, address, rehearsal, as_json)
 
 
 @commands.command(
     rich_help_panel=BUILD, epilog="Example: capfilt select cc3m.yaml --set select.policy=blip2"
 )
 def select(
-    recipe: RecipeFile, sets: Overrides = None, address: Address = None, as_json: AsJson = False
+    recipe: RecipeFile,
+    sets: Overrides = None,
+    address: Address = None,
+    rehearsal: Rehearsal = False,
+    as_json: AsJson = False,
 ) -> None:
     """Keep the captions that a policy chooses; clean shards of another policy are made anew."""
-    _one_stage("select", recipe, sets, address, as_json)
+    _one_stage("select", recipe, sets, address, rehearsal, as_json)
 
 
 def _one_stage(
-    stage: str, recipe: str, sets: list[str] | None, address: str | None, as_json: bool
+    stage: str,
+    recipe: str,
+    sets: list[str] | None,
+    address: str | None,
+    rehearsal: bool,
+    as_json: bool,
 ) -> None:
-    loaded = _load(recipe, sets)
+    loaded = _load(recipe, sets, rehearsal)
 
     def work(should_stop: Callable[[], bool]) -> "RunSummary":
         from jobs import run as jobs_run
 
         return jobs_run.run_stage(loaded, stage, should_stop, address=address, command=again)
 
-    again = as_typed(stage, recipe, sets, *_place(address))
+    again = as_typed(stage, recipe, sets, *_place(address), *as_rehearsal(rehearsal))
     finish(work, again, as_json)
 
 
-def _load(recipe: str, sets: list[str] | None) -> "Recipe":
+def _load(recipe: str, sets: list[str] | None, rehearsal: bool) -> "Recipe":
     from jobs.recipe import load_recipe
 
-    return load_recipe(recipe, sets or ())
+    return load_recipe(recipe, sets or (), is_rehearsal=rehearsal)
 
 
 def _describe(recipe: "Recipe", as_json: bool) -> None:

@@ -1,9 +1,13 @@
 """What all commands share: their options, their panels in --help, and exit codes."""
 
 import shlex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:  # a command imports what it needs, so that --help and schema are instant
+    from jobs.recipe import Recipe
+    from jobs.training.config import Stage
 
 DONE, SOME_FAILED, WRONG_INPUT = 0, 1, 2
 START, BUILD, TRAIN, LOOK, CLUSTER = (
@@ -22,6 +26,28 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print recipe and plan, do nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+Rehearsal = Annotated[
+    bool,
+    typer.Option(
+        "--rehearsal",
+        help="The same with a thousandth of rows and steps, into ROOT-rehearsal; see `rehearsal` "
+        "in the recipe.",
+    ),
+]
+
+
+def warn_of_moving_models(recipe: "Recipe", *stages: "Stage") -> None:
+    """Say which models of a recipe, or of these stages, are no commit of the hub's: those move."""
+    from jobs.hub_models import hub_models, unpinned
+    from jobs.training.config import STAGES
+
+    for line in unpinned(hub_models(recipe, stages or STAGES)):
+        typer.echo(line, err=True)
+
+
+def as_rehearsal(rehearsal: bool) -> tuple[str, ...]:
+    """Return the flag as it was typed, if it was."""
+    return ("--rehearsal",) if rehearsal else ()
 
 
 def as_typed(command: str, recipe: str, sets: list[str] | None, *others: str) -> str:

@@ -13,8 +13,11 @@ from jobs.commands.options import (
     DryRun,
     Overrides,
     RecipeFile,
+    Rehearsal,
     Root,
+    as_rehearsal,
     as_typed,
+    warn_of_moving_models,
 )
 from jobs.errors import UserError
 from jobs.training.config import STAGES, Stage
@@ -36,6 +39,7 @@ def pretrain(
     recipe: RecipeFile,
     stage: StageName,
     sets: Overrides = None,
+    rehearsal: Rehearsal = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,7 +51,8 @@ def pretrain(
     from jobs.training.job import training_job
 
     name = _stage(stage)
-    loaded = load_recipe(recipe, sets or ())
+    loaded = load_recipe(recipe, sets or (), is_rehearsal=rehearsal)
+    warn_of_moving_models(loaded.model_copy(update={"captioner": None, "scorer": None}), name)
     job = training_job(loaded.model_copy(update={"root": _absolute(loaded.root)}), name)
     if dry_run:
         typer.echo(_describe(job, as_json))
@@ -59,7 +64,8 @@ def pretrain(
         typer.echo(error, err=True)
         raise typer.Exit(SOME_FAILED) from error
     if card is None:
-        again = as_typed("pretrain", recipe, sets, f"--stage={name}")
+        flags = (f"--stage={name}", *as_rehearsal(rehearsal))
+        again = as_typed("pretrain", recipe, sets, *flags)
         typer.echo(f"stopped; the checkpoint is written, to go on:\n  {again}", err=True)
         raise typer.Exit(SOME_FAILED)
     typer.echo(_summary(job, card, as_json))
@@ -69,28 +75,38 @@ def pretrain(
     rich_help_panel=TRAIN, epilog="Example: capfilt evaluate cc3m.yaml --stage stage1"
 )
 def evaluate(
-    recipe: RecipeFile, stage: StageName, sets: Overrides = None, as_json: AsJson = False
+    recipe: RecipeFile,
+    stage: StageName,
+    sets: Overrides = None,
+    rehearsal: Rehearsal = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a trained stage on the held-out source: retrieval and captions."""
     from jobs.evaluate import evaluate as measure
     from jobs.recipe import load_recipe
 
-    done = measure(load_recipe(recipe, sets or ()), _stage(stage))
+    loaded = load_recipe(recipe, sets or (), is_rehearsal=rehearsal)
+    done = measure(loaded, _stage(stage))
     typer.echo(json.dumps(done.to_json(), indent=2) if as_json else done.text())
 
 
 @commands.command(rich_help_panel=TRAIN, epilog="Example: capfilt ablate cc3m.yaml")
-def ablate(recipe: RecipeFile, sets: Overrides = None, as_json: AsJson = False) -> None:
+def ablate(
+    recipe: RecipeFile,
+    sets: Overrides = None,
+    rehearsal: Rehearsal = False,
+    as_json: AsJson = False,
+) -> None:
     """Prove that cleaning helps: train the same model on web, filtered, captioned and CapFilt."""
     from jobs.ablate import ablate as prove
     from jobs.recipe import load_recipe
     from jobs.stop import stop_on_signals
 
-    loaded = load_recipe(recipe, sets or ())
+    loaded = load_recipe(recipe, sets or (), is_rehearsal=rehearsal)
     with stop_on_signals() as should_stop:
         done = prove(loaded.model_copy(update={"root": _absolute(loaded.root)}), should_stop)
     if done is None:
-        again = as_typed("ablate", recipe, sets)
+        again = as_typed("ablate", recipe, sets, *as_rehearsal(rehearsal))
         typer.echo(f"stopped; what is trained is kept, to go on:\n  {again}", err=True)
         raise typer.Exit(SOME_FAILED)
     typer.echo(json.dumps(done.to_json(), indent=2) if as_json else done.text())

@@ -12,6 +12,7 @@ from jobs.estimate.estimate import estimate
 from jobs.estimate.rates import Rates, dump_rates, load_rates
 from jobs.estimate.table import plan_json, plan_text
 from jobs.estimate.work import work_of
+from jobs.hub_models import hub_models, unpinned
 from jobs.recipe import Recipe, load_recipe
 
 
@@ -25,6 +26,7 @@ class Question:
     rates: Sequence[str] = ()
     """Files, and single rates as KEY=VALUE; the last of equal keys wins."""
     probe_rows: int = 0
+    is_rehearsal: bool = False
 
 
 def answer(question: Question, *, as_json: bool = False) -> str:
@@ -32,11 +34,13 @@ def answer(question: Question, *, as_json: bool = False) -> str:
 
     Raises UserError for a wrong recipe, cluster file or rate, and lists that nobody can count.
     """
-    recipe = load_recipe(question.recipe, question.sets)
+    recipe = load_recipe(question.recipe, question.sets, is_rehearsal=question.is_rehearsal)
     cluster = load_cluster_file(question.cluster)
     rates = load_rates(question.rates)
     if question.probe_rows:
         rates = _probed(recipe, rates, question.probe_rows)
+    for line in unpinned(hub_models(recipe)):
+        typer.echo(line, err=True)
     done = estimate(work_of(recipe, rates.rows), cluster, rates)
     return json.dumps(plan_json(done), indent=2) if as_json else plan_text(done)
 

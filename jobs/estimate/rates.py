@@ -31,6 +31,7 @@ _SUCCESS = {
     "table": _assumed(0.75, 0.5, 0.95, _LINK_ROT),
     "folder": _assumed(0.99, 0.95, 1.0, "images that are here already"),
     "webdataset": _assumed(0.99, 0.95, 1.0, "images that are here already"),
+    "img2dataset": _assumed(0.75, 0.5, 0.95, "what it had failed to fetch stays failed"),
 }
 _FILTERED = _assumed(
     0.88,

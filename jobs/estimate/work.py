@@ -97,7 +97,7 @@ def _source(config: SourceConfig, rows_per_shard: int, rows: Mapping[str, int]) 
     return SourceWork(
         name=config.name,
         form=config.format.value,
-        num_rows=counted if given is None else given,
+        num_rows=counted if given is None else -(-given // config.one_in),
         is_human=config.origin is Origin.HUMAN,
         is_counted=given is None,
     )

@@ -84,14 +84,17 @@ class ScoreStage:
             if self.captioner is not None:
                 found = stack.enter_context(found_model(self.captioner, self.root, "captioner"))
                 captioner = Captioner.load(found, seed=self.seed, device=device, dtype=dtype)
-                captioner.config = self.captioner  # as the recipe calls it
+                # Called as the recipe calls it: what this run trained lies in a passing folder.
+                captioner.config = captioner.config.model_copy(update={"name": self.captioner.name})
             if self.scorer is not None:
-                models = self.scorer
-                if models.filter is not None:
-                    own = stack.enter_context(found_model(models.filter, self.root, "filter"))
+                asked, models = self.scorer.filter, self.scorer
+                if asked is not None:
+                    own = stack.enter_context(found_model(asked, self.root, "filter"))
                     models = models.model_copy(update={"filter": own})
                 scorer = Scorer.load(models, device=device, dtype=dtype)
-                scorer.config = self.scorer
+                if asked is not None and scorer.config.filter is not None:
+                    named = scorer.config.filter.model_copy(update={"name": asked.name})
+                    scorer.config = scorer.config.model_copy(update={"filter": named})
         except (ModelError, CheckpointError) as error:
             raise UserError(str(error)) from error
         return captioner, scorer

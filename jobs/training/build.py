@@ -97,7 +97,7 @@ class Workshop:
         """Return what the stage begins from, None for random weights. Raises UserError."""
         stage, given = self.job.stage, self.job.section.start_from
         if given is not None:
-            folder = _resolved(given, f"training.{stage}.start_from")
+            folder = _resolved(self.job, given, f"training.{stage}.start_from")
             return Beginning(folder, fingerprint_folder(folder))
         return self.export_of(_BEFORE[stage]) if stage in _BEFORE else None
 
@@ -170,7 +170,7 @@ def _build_med(shop: Workshop) -> Built:
         load_strictly(model, weights, may_lack=_STARTS_ANEW, source=str(begun.folder))
         origins["start"] = begun.fingerprint
     if section.text_model is not None and begun is None:
-        weights, origins["text_model"] = _bert(section.text_model)
+        weights, origins["text_model"] = _bert(shop.job, section.text_model)
         model.text.load_bert(weights)
     if section.image_encoder is not None and begun is None:
         origins["image_encoder"] = load_tower(model.image_encoder, section.image_encoder)
@@ -254,7 +254,7 @@ def _build_stage1(shop: Workshop) -> Built:
         origins["start"] = begun.fingerprint
     else:
         if section.text_model is not None:
-            weights, origins["text_model"] = _bert(section.text_model)
+            weights, origins["text_model"] = _bert(shop.job, section.text_model)
             model.qformer.load_bert(weights)
         _load_frozen_tower(shop, model)
     objective = Stage1Objective(
@@ -303,18 +303,18 @@ def stage1_of(folder: Path, preset: Blip2Preset) -> dict[str, Tensor]:
     return dict(load_stage1(folder).state_dict())
 
 
-def _bert(name: str) -> tuple[dict[str, Tensor], str]:
+def _bert(job: TrainingJob, name: str) -> tuple[dict[str, Tensor], str]:
     """Return the weights of a BERT and their fingerprint. Raises UserError."""
-    folder = _resolved(name, "text_model")
+    folder = _resolved(job, name, "text_model")
     return read_weights(folder), fingerprint_folder(folder, lambda n: n.endswith(".safetensors"))
 
 
-def _resolved(name: str, key: str) -> Path:
+def _resolved(job: TrainingJob, name: str, key: str) -> Path:
     """Return a folder, or that of a name on the hub. Raises UserError that names the key."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return resolve_model(ModelConfig(name=name))
+        return resolve_model(ModelConfig(name=name, revision=job.config.revisions.get(name)))
     except ModelError as error:
         raise UserError(f"{key} = {name!r}: {error}") from error
 

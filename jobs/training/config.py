@@ -186,6 +186,11 @@ class TrainingConfig(BaseModel):
         description="BERT tokenizer of MED and Q-Former, a folder or a name on the hub; 'corpus' "
         "makes one of the words of the corpus.",
     )
+    revisions: dict[str, str] = Field(
+        default_factory=dict,
+        description="Commit, tag or branch of each model on the hub that is named here, by its "
+        "name; left out: its main branch, which may be another one another day.",
+    )
     vocabulary_size: Annotated[int, Field(ge=256, le=1_000_000)] = Field(
         default=8192, description="Most words of a tokenizer made of the corpus."
     )

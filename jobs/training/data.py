@@ -196,7 +196,8 @@ def open_tokenizer(job: TrainingJob, context: TrainContext) -> TextTokenizer:
     Raises UserError. Every rank has to call it.
     """
     if job.config.tokenizer != CORPUS_TOKENIZER:
-        return load_tokenizer(job.config.tokenizer)
+        name = job.config.tokenizer
+        return load_tokenizer(name, job.config.revisions.get(name))
     store = job.open_store()
     if context.is_main and store.read(VOCABULARY) is None:
         words = vocabulary_of_words(_captions(job), job.config.vocabulary_size)

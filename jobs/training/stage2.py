@@ -65,6 +65,7 @@ def _language_model(
 ) -> tuple[FrozenLlm, LlmTokenizer]:
     section = job.section
     name = section.llm or preset.llm.name
+    revision = job.config.revisions.get(name or "")
     if name is None:
         llm = preset.llm.build(has_dropout=section.has_llm_dropout)
         tokenizer = _byte_tokenizer()
@@ -72,9 +73,12 @@ def _language_model(
         transformers.utils.logging.disable_progress_bar()  # this software says what is going on
         try:
             llm = load_llm(
-                name, dtype=dtype or preset.llm.dtype, has_dropout=section.has_llm_dropout
+                name,
+                dtype=dtype or preset.llm.dtype,
+                revision=revision,
+                has_dropout=section.has_llm_dropout,
             )
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         except OSError as error:
             raise UserError(
                 f"training.stage2.llm = {name!r} can neither be found on this machine nor "

@@ -89,10 +89,10 @@ class TextTokenizer:
         return texts
 
 
-def load_tokenizer(name: str) -> TextTokenizer:
+def load_tokenizer(name: str, revision: str | None = None) -> TextTokenizer:
     """Return a BERT tokenizer by its folder or its name on the hub. Raises UserError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer {name!r} can neither be found on this machine nor downloaded "

@@ -20,6 +20,7 @@ class SourceFormat(StrEnum):
     TABLE = "table"
     FOLDER = "folder"
     WEBDATASET = "webdataset"
+    IMG2DATASET = "img2dataset"
 
 
 class TableFormat(StrEnum):
@@ -69,6 +70,8 @@ class SourceConfig(BaseModel):
     """Folder, fsspec URL or zip that holds the images already; file names are looked up in it."""
     image_data: str | None = None
     """Visual Genome: image_data.json, which holds the URLs."""
+    one_in: Annotated[int, Field(ge=1)] = 1
+    """Reads the first of every so many records, so that a rehearsal sees all of the list."""
     max_caption_chars: Annotated[int, Field(ge=1)] = 10_000
     """A record with a longer caption is malformed."""
     max_url_chars: Annotated[int, Field(ge=16)] = 8192
@@ -82,7 +85,10 @@ class SourceConfig(BaseModel):
         Where the lists and images lie is not among them: a corpus may be continued on a machine
         that keeps them elsewhere.
         """
-        return self.model_dump(mode="json", exclude={"paths", "image_root", "image_data"})
+        content = self.model_dump(mode="json", exclude={"paths", "image_root", "image_data"})
+        if self.one_in == 1:
+            del content["one_in"]  # so that whole lists are called what they always were
+        return content
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +100,8 @@ class SourceConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_format(self) -> Self:
+        if self.format is SourceFormat.IMG2DATASET and (self.image_root or self.base_url):
+            raise ValueError("img2dataset's images are in its tars: leave out image_root, base_url")
         if self.format is SourceFormat.VISUAL_GENOME and not (self.image_data or self.image_root):
             raise ValueError(
                 "visual_genome keeps its URLs in image_data.json: set image_data, or image_root"
@@ -129,6 +137,10 @@ _BY_FORMAT: dict[str, dict[str, object]] = {
         "table_format": TableFormat.TSV,
         "column_names": ("url", "caption"),
         "is_quoted": False,
+    },
+    SourceFormat.IMG2DATASET: {
+        "table_format": TableFormat.PARQUET,
+        "extra_columns": ("key",),  # theirs, for ours is another
     },
     SourceFormat.COCO: {
         "origin": Origin.HUMAN,

@@ -9,7 +9,7 @@ from pipeline.sources.cells import clean_text, row_of_cells
 from pipeline.sources.config import SourceConfig
 from pipeline.sources.files import lines, opened
 from pipeline.sources.json_stream import JsonItem, items_of
-from pipeline.sources.reader import Piece, cut_by_count
+from pipeline.sources.reader import Piece, chosen, cut_by_count
 from pipeline.sources.rows import (
     MalformedReason,
     MalformedRow,
@@ -43,8 +43,8 @@ class DocumentReader:
 
     def read(self, piece: Piece) -> Rows:
         """Yield the rows of a piece."""
-        end = piece.first_record + piece.num_records
-        yield from islice(self._rows(self._config, piece.file), piece.first_record, end)
+        rows = islice(self._rows(self._config, piece.file), piece.first_record, None)
+        yield from chosen(rows, piece)
 
 
 def sbu_document(config: SourceConfig, file: str) -> Rows:

@@ -4,7 +4,6 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -13,7 +12,7 @@ import fsspec
 from pipeline.sources.cells import clean_captions, clean_text, row_of_cells
 from pipeline.sources.config import SourceConfig
 from pipeline.sources.files import find_files, opened
-from pipeline.sources.reader import Piece, cut_by_count
+from pipeline.sources.reader import Piece, chosen, cut_by_count
 from pipeline.sources.rows import (
     LocalImage,
     MalformedReason,
@@ -46,10 +45,9 @@ class FolderReader:
     def read(self, piece: Piece) -> Iterator[SourceRow | MalformedRow]:
         """Yield the rows of a piece; its lines are the images' numbers in the sorted list."""
         images = find_files((piece.file,), IMAGE_SUFFIXES)
-        for number in range(piece.first_record, piece.first_record + piece.num_records):
-            if number >= len(images):
-                return
-            yield self._row(piece.file, number, images[number])
+        here = enumerate(images[piece.first_record :], start=piece.first_record)
+        for number, image in chosen(here, piece):
+            yield self._row(piece.file, number, image)
 
     def _row(self, folder: str, number: int, image: str) -> SourceRow | MalformedRow:
         config = self._config
@@ -125,8 +123,9 @@ class WebDatasetReader:
     def read(self, piece: Piece) -> Iterator[SourceRow | MalformedRow]:
         """Yield the rows of a piece; a malformed row's line is the number of its sample."""
         with opened(piece.file) as stream, opened(piece.file) as texts:
-            samples = islice(_samples(piece.file, stream, piece.byte_offset), piece.num_records)
-            for number, sample in enumerate(samples, start=piece.first_record + 1):
+            samples = _samples(piece.file, stream, piece.byte_offset)
+            numbered = enumerate(samples, start=piece.first_record + 1)
+            for number, sample in chosen(numbered, piece):
                 yield self._row(piece.file, number, sample, texts)
 
     def _row(

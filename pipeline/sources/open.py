@@ -10,6 +10,7 @@ from pipeline.sources.documents import (
 )
 from pipeline.sources.files import find_files, plain_suffix
 from pipeline.sources.images import FolderReader, WebDatasetReader
+from pipeline.sources.img2dataset import Img2DatasetReader
 from pipeline.sources.parquet import ParquetReader
 from pipeline.sources.reader import Reader
 from pipeline.sources.rows import SourceError
@@ -31,6 +32,8 @@ def open_reader(config: SourceConfig) -> Reader:
             return FolderReader(config)
         case SourceFormat.WEBDATASET:
             return WebDatasetReader(config)
+        case SourceFormat.IMG2DATASET:
+            return Img2DatasetReader(config)
         case SourceFormat.SBU:
             return _open_sbu(config)
         case SourceFormat.COCO:

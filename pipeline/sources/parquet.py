@@ -39,32 +39,33 @@ class ParquetReader:
 
     def read(self, piece: Piece) -> Iterator[SourceRow | MalformedRow]:
         """Yield the rows of a piece; row groups before it are not read."""
-        wanted = wanted_columns(self._config)
+        columns = list(dict.fromkeys(wanted_columns(self._config)))
         with _opened(piece.file) as table:
             self._check_schema(piece.file, table.schema_arrow)
-            groups, num_skipped = _groups_from(table, piece.first_record)
+            wanted_rows = range(
+                piece.first_record + piece.num_passed,
+                piece.first_record + piece.num_records,
+                piece.one_in,
+            )
+            groups, num_skipped = _groups_from(table, wanted_rows.start)
             batches = table.iter_batches(
-                _ROWS_PER_BATCH, row_groups=groups, columns=list(dict.fromkeys(wanted)),
-                use_threads=False,
-            )  # fmt: skip
-            number, num_left = piece.first_record - num_skipped, piece.num_records
+                _ROWS_PER_BATCH, row_groups=groups, columns=columns, use_threads=False
+            )
+            number = wanted_rows.start - num_skipped
             for batch in batches:
-                skip = max(0, piece.first_record - number)
-                chosen = batch.slice(skip, num_left)
+                chosen = _part(wanted_rows, number, number + batch.num_rows)
+                if chosen:
+                    yield from self._rows(piece.file, chosen, _taken(batch, chosen, number))
                 number += batch.num_rows
-                if chosen.num_rows:
-                    first = number - batch.num_rows + skip
-                    yield from self._rows(piece.file, first, chosen)
-                    num_left -= chosen.num_rows
-                if not num_left:
+                if number >= wanted_rows.stop:
                     return
 
     def _rows(
-        self, file: str, first: int, batch: pa.RecordBatch
+        self, file: str, numbers: range, batch: pa.RecordBatch
     ) -> Iterator[SourceRow | MalformedRow]:
         config = self._config
         columns = {name: _values(batch.column(name)) for name in batch.schema.names}
-        for at in range(batch.num_rows):
+        for at, number in enumerate(numbers):
             caption = config.caption_column
             try:
                 yield row_of_cells(
@@ -77,7 +78,7 @@ class ParquetReader:
                 yield MalformedRow(
                     source=config.name,
                     file=file,
-                    line=first + at + 1,
+                    line=number + 1,
                     reason=error.reason,
                     detail=error.detail,
                 )
@@ -114,6 +115,19 @@ def _groups_from(table: pq.ParquetFile, first_record: int) -> tuple[list[int], i
             return list(range(group, table.num_row_groups)), first_record - start
         start += num_rows
     return [], 0
+
+
+def _part(numbers: range, start: int, stop: int) -> range:
+    """Return those of the numbers that lie in [start, stop)."""
+    first, end = (max(0, -((numbers.start - at) // numbers.step)) for at in (start, stop))
+    return numbers[first:end]
+
+
+def _taken(batch: pa.RecordBatch, chosen: range, first: int) -> pa.RecordBatch:
+    """Return the chosen rows of a batch that begins with row `first`."""
+    if chosen.step == 1:
+        return batch.slice(chosen.start - first, len(chosen))
+    return batch.take(pa.array([number - first for number in chosen]))
 
 
 def _check_type(file: str, schema: pa.Schema, name: str, *, may_be_list: bool) -> None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 from pipeline.sources.rows import MalformedRow, SourceRow
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,15 @@ class Piece:
     """Where the first record starts, in a text file once it is decompressed; else 0."""
     first_line: int = 1
     """The line number of the first record, in a text file; else 1."""
+    num_passed: int = 0
+    """Records at the beginning that are not read."""
+    one_in: int = 1
+    """Of the others the first of every so many is read."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many records are read."""
+        return len(range(self.num_passed, self.num_records, self.one_in))
 
 
 class Reader(Protocol):
@@ -33,8 +45,13 @@ class Reader(Protocol):
         ...
 
     def read(self, piece: Piece) -> Iterator[SourceRow | MalformedRow]:
-        """Yield one row or malformed row for each record of the piece, fewer if the file ends."""
+        """Yield one row or malformed row for each record that is read, fewer if the file ends."""
         ...
+
+
+def chosen(records: Iterator[Record], piece: Piece) -> Iterator[Record]:
+    """Yield what is read of the records that begin where a piece does."""
+    return islice(records, piece.num_passed, piece.num_records, piece.one_in)
 
 
 def cut_by_count(file: str, num_records: int, first: int, then: int) -> Iterator[Piece]:

@@ -46,7 +46,33 @@ class ZipMember:
     member: str
 
 
-Location = HttpUrl | LocalImage | TarMember | ZipMember
+class ElsewhereReason(StrEnum):
+    """Why an image is not there that somebody else was to fetch."""
+
+    FAILED_TO_DOWNLOAD = "failed_to_download"
+    FAILED_TO_RESIZE = "failed_to_resize"
+    MISSING_IMAGE = "missing_image"
+    DAMAGED_TAR = "damaged_tar"
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadedImage:
+    """An image that somebody else has fetched: where it came from, and where it lies."""
+
+    url: str
+    member: TarMember
+
+
+@dataclass(frozen=True, slots=True)
+class NotDownloaded:
+    """An image that somebody else could not fetch, with what they say of it; nobody tries again."""
+
+    url: str
+    reason: ElsewhereReason
+    detail: str
+
+
+Location = HttpUrl | LocalImage | TarMember | ZipMember | DownloadedImage | NotDownloaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +91,7 @@ class SourceRow:
     def url(self) -> str:
         """The image's address for the ledger; what is in an archive reads `archive#member`."""
         match self.location:
-            case HttpUrl(url):
+            case HttpUrl(url) | DownloadedImage(url=url) | NotDownloaded(url=url):
                 return url
             case LocalImage(path):
                 return path

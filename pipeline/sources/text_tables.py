@@ -10,7 +10,7 @@ from pipeline.sources.cells import row_of_cells
 from pipeline.sources.columns import check_columns, column_hint
 from pipeline.sources.config import SourceConfig, TableFormat
 from pipeline.sources.files import Line, lines, opened
-from pipeline.sources.reader import Piece
+from pipeline.sources.reader import Piece, chosen
 from pipeline.sources.rows import MalformedReason, MalformedRow, RecordError, SourceRow
 
 _MAX_LINES_PER_RECORD = 100  # an unclosed quote must not swallow the rest of a file
@@ -63,7 +63,7 @@ class TextTableReader:
     def read(self, piece: Piece) -> Iterator[SourceRow | MalformedRow]:
         """Yield the rows of a piece, starting at its offset."""
         records = self._records(piece.file, piece.byte_offset, piece.first_line)
-        for _, record in zip(range(piece.num_records), records, strict=False):
+        for record in chosen(records, piece):
             yield self._row(piece.file, record)
 
     def _row(self, file: str, record: Record) -> SourceRow | MalformedRow:

@@ -193,3 +193,14 @@ def test_a_shipped_recipe_is_valid_and_names_its_schema_and_command(path):
     assert "#   capfilt " in text
     assert load_recipe(str(path)).name == path.stem
     assert yaml.safe_load(text)["name"] == path.stem
+
+
+def test_a_dumped_recipe_has_sections_of_the_stages_that_it_had_and_of_no_others(write):
+    recipe = load_recipe(write(MINIMAL + "training: {stage1: {preset: tiny}, med_data: clean}\n"))
+    again = load_recipe(write(dump_recipe(recipe)))
+    assert again == recipe
+    stages = {"med", "captioner", "filter", "stage1", "stage2"}
+    assert again.training.model_fields_set & stages == {"stage1"}
+    rehearsal = load_recipe(write(dump_recipe(recipe)), is_rehearsal=True)
+    assert rehearsal.training.model_fields_set & stages == {"stage1"}
+    assert rehearsal.training.stage1.num_steps == 20

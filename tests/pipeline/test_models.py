@@ -5,6 +5,7 @@ import os
 import shutil
 
 import blip_folders
+import hub_cache
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from model.checkpoints import load_captioner
+from pipeline.captioner import Captioner
+from pipeline.model_configs import CaptionerConfig, ScorerConfig
 from pipeline.models import (
     ImagePreprocessor,
     ModelConfig,
@@ -22,7 +25,11 @@ from pipeline.models import (
     bert_tokenizer,
     resolve_model,
     weights_fingerprint,
+    with_commit,
 )
+from pipeline.scorer import Scorer
+
+OLD_COMMIT, NEW_COMMIT = "a" * 40, "b" * 40
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +64,53 @@ def test_a_name_that_is_nowhere_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match=r"nobody/nothing at v1 is not on this machine.*hf downl"):
         resolve_model(ModelConfig(name="nobody/nothing", revision="v1"))
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A cache that holds two commits of one name, which differ in their weights."""
+    blip_folders.save_captioner(tmp_path / "new", seed=1)
+    hub_cache.put(
+        tmp_path / "hub",
+        "owner/captioner",
+        {OLD_COMMIT: folder, NEW_COMMIT: tmp_path / "new"},
+        main=NEW_COMMIT,
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_name_on_the_hub_has_the_weights_of_its_revision(hub, folder):
+    pinned = ModelConfig(name="owner/captioner", revision=OLD_COMMIT)
+    assert weights_fingerprint(resolve_model(pinned)) == weights_fingerprint(folder)
+    newest = resolve_model(ModelConfig(name="owner/captioner"))
+    assert weights_fingerprint(newest) != weights_fingerprint(folder)
+
+
+def test_a_branch_is_resolved_to_the_commit_that_it_stands_for(hub, folder):
+    assert with_commit(ModelConfig(name="owner/captioner")).revision == NEW_COMMIT
+    assert with_commit(ModelConfig(name="owner/captioner", revision="main")).revision == NEW_COMMIT
+    pinned = ModelConfig(name="owner/captioner", revision=OLD_COMMIT)
+    assert with_commit(pinned) == pinned
+    local = ModelConfig(name=str(folder))
+    assert with_commit(local) == local
+
+
+def test_a_loaded_captioner_knows_its_commit(hub):
+    captioner = Captioner.load(CaptionerConfig(name="owner/captioner"), seed=0)
+    assert captioner.config.revision == NEW_COMMIT
+    assert captioner.config.name == "owner/captioner"
+
+
+def test_a_loaded_scorer_knows_the_commits_of_its_models(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    blip_folders.save_filter(tmp_path / "filter")
+    blip_folders.save_clip(tmp_path / "clip")
+    hub_cache.put(tmp_path / "hub", "a/filter", {OLD_COMMIT: tmp_path / "filter"}, main=OLD_COMMIT)
+    hub_cache.put(tmp_path / "hub", "a/clip", {NEW_COMMIT: tmp_path / "clip"}, main=NEW_COMMIT)
+    asked = ScorerConfig(filter=ModelConfig(name="a/filter"), clip=ModelConfig(name="a/clip"))
+    config = Scorer.load(asked).config
+    assert (config.filter.revision, config.clip.revision) == (OLD_COMMIT, NEW_COMMIT)
+    assert config.content() == asked.content()
 
 
 def test_what_is_no_name_is_refused():

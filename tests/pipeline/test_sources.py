@@ -510,6 +510,48 @@ def test_shards_of_any_size_hold_the_same_rows_in_every_format(tmp_path):
             assert [row for rows in reversed(by_shard) for row in rows] == whole, config.format
 
 
+def test_one_in_so_many_records_is_read_evenly_in_every_format(tmp_path):
+    num_records = 23
+    for config in every_format(tmp_path, num_records):
+        whole = rows_of(config)
+        for one_in in (2, 5, 23, 1000):
+            thinned = config.model_copy(update={"one_in": one_in})
+            for size in (1, 3, 100):
+                shards = list(plan_shards(thinned, records_per_shard=size))
+                rows = [list(read_shard(thinned, shard)) for shard in shards]
+                assert [len(each) for each in rows] == [shard.num_records for shard in shards]
+                assert {len(each) for each in rows[:-1]} <= {size}
+                assert [row for each in rows for row in each] == whole[::one_in], config.format
+            assert rows_of(thinned) == whole[::one_in]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    one_in=st.integers(1, 12),
+    records_per_shard=st.integers(1, 5),
+)
+@settings(max_examples=50)
+def test_one_in_so_many_counts_on_from_file_to_file(
+    tmp_path_factory, sizes, one_in, records_per_shard
+):
+    folder = tmp_path_factory.mktemp("lists")
+    for number, size in enumerate(sizes):
+        lines = [json.dumps({"url": f"http://x.org/{number}/{n}"}) for n in range(size)]
+        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+    config = SourceConfig(name="src", format="table", paths=(str(folder),))
+    thinned = config.model_copy(update={"one_in": one_in})
+    shards = list(plan_shards(thinned, records_per_shard=records_per_shard))
+    rows = [row for shard in shards for row in read_shard(thinned, shard)]
+    assert rows == rows_of(config)[::one_in]
+    assert sum(shard.num_records for shard in shards) == -(-sum(sizes) // one_in)
+
+
+def test_one_in_so_many_belongs_to_the_content_and_whole_lists_keep_their_name(tmp_path):
+    config = source(tmp_path, "cc3m", CC3M)
+    assert "one_in" not in config.content()
+    assert config.model_copy(update={"one_in": 10}).content() == config.content() | {"one_in": 10}
+
+
 def test_shards_span_files(tmp_path):
     for name, num in (("a.jsonl", 3), ("b.jsonl", 1), ("c.jsonl", 4)):
         lines = [json.dumps({"url": f"http://x.org/{name}/{n}"}) for n in range(num)]
