@@ -63,6 +63,8 @@ def build_stage2(
 def _language_model(
     job: TrainingJob, preset: Blip2Preset, dtype: torch.dtype | None
 ) -> tuple[FrozenLlm, LlmTokenizer]:
+    hide_progress: Any = transformers.utils.logging.disable_progress_bar  # which has no types
+    hide_progress()
     section = job.section
     name = section.llm or preset.llm.name
     revision = job.config.revisions.get(name or "")
@@ -70,7 +72,6 @@ def _language_model(
         llm = preset.llm.build(has_dropout=section.has_llm_dropout)
         tokenizer = _byte_tokenizer()
     else:
-        transformers.utils.logging.disable_progress_bar()  # this software says what is going on
         try:
             llm = load_llm(
                 name,
