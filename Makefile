@@ -35,8 +35,8 @@ format: $(STAMP) ## rewrite the code as ruff wants it
 	@$(RUN)ruff check --fix .
 	@$(RUN)ruff format .
 
-bench: $(STAMP) ## every benchmark, one after the other, each beside its peer
-	@for f in tests/benchmarks/bench_*.py; do echo "==> $$f"; $(RUN)python $$f; done
+bench: $(STAMP) ## every benchmark beside its peer, and README's table of them
+	@$(RUN)python tests/benchmarks/table.py $(ARGS)
 
 schema: $(STAMP) ## write jobs/recipes/recipe.schema.json for editors
 	@$(RUN)capfilt schema > jobs/recipes/recipe.schema.json

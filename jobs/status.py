@@ -14,8 +14,10 @@ from jobs.corpus_root import open_corpus
 from jobs.durable import FILE, RunStatus, StageStatus
 from jobs.durable import read_status as read_run_status
 from jobs.errors import UserError
+from jobs.training.config import STAGES, Stage
 from pipeline.corpus import Corpus
-from pipeline.layout import MARKER, RUN_FILE, STAGES, parse_name
+from pipeline.layout import MARKER, RUN_FILE, parse_name
+from pipeline.layout import STAGES as DATA_STAGES
 
 _FAILURES_SHOWN = 10
 # What local disks, S3, Google's buckets and memory call the time that a file was written.
@@ -32,6 +34,19 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
+class Trained:
+    """How far the training of one model is, whoever trains it."""
+
+    stage: Stage
+    step: int
+    """Of the newest checkpoint; 0 before the first."""
+    is_done: bool
+    """Whether its export is there."""
+    last_record: datetime | None
+    """When its log was last written."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """How far a run is, as the files in its root tell."""
 
@@ -40,6 +55,7 @@ class Status:
     run: RunStatus | None
     """What the last driver wrote; None if none ever did."""
     made: tuple[Made, ...]
+    trained: tuple[Trained, ...] = ()
 
     @property
     def state(self) -> str:
@@ -70,10 +86,11 @@ def read_status(root: str, now: datetime) -> Status:
     """
     corpus = open_corpus(root)
     run = read_run_status(corpus)
-    made = tuple(each for stage in STAGES if (each := _made(corpus, stage)) is not None)
+    made = tuple(each for stage in DATA_STAGES if (each := _made(corpus, stage)) is not None)
     if run is None and not made and corpus.store.read(RUN_FILE) is None:
         raise UserError(f"{corpus.root}: no corpus here (neither {RUN_FILE} nor any shard)")
-    return Status(corpus.root, now, run, made)
+    trained = tuple(one for stage in STAGES if (one := _trained(corpus, stage)) is not None)
+    return Status(corpus.root, now, run, made, trained)
 
 
 def _made(corpus: Corpus, stage: str) -> Made | None:
@@ -90,6 +107,28 @@ def _made(corpus: Corpus, stage: str) -> Made | None:
                 num_shards += 1
                 times.extend(_time_of(info))
     return Made(stage, num_shards, max(times, default=None))
+
+
+def _trained(corpus: Corpus, stage: Stage) -> Trained | None:
+    folder = f"train/{stage}"
+    found = corpus.store.list(folder)
+    if not found.folders and not found.sizes:
+        return None
+    steps = corpus.store.list(f"{folder}/checkpoints").folders
+    return Trained(
+        stage,
+        step=max((int(each) for each in steps if each.isdigit()), default=0),
+        is_done="capfilt.json" in corpus.store.list(f"{folder}/export").sizes,
+        last_record=_written(corpus, f"{folder}/metrics.jsonl"),
+    )
+
+
+def _written(corpus: Corpus, path: str) -> datetime | None:
+    try:
+        info = corpus.store.fs.info(corpus.store.full(path))
+    except FileNotFoundError:
+        return None
+    return next(_time_of(info), None)
 
 
 def _time_of(info: dict[str, Any]) -> Iterator[datetime]:
@@ -114,6 +153,7 @@ def _lines(status: Status) -> Iterator[str]:
         heard = f"last heard of {_ago(now, run.heartbeat_at)}"
         yield f"by {run.driver.who}, since {run.started_at:%Y-%m-%d %H:%M:%S} UTC, {heard}"
     yield from _table(status)
+    yield from _models(status)
     if run is None:
         return
     yield from _troubles(run)
@@ -130,10 +170,19 @@ def _table(status: Status) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
+def _models(status: Status) -> Iterator[str]:
+    for each in status.trained:
+        if each.is_done:
+            yield f"{each.stage}: trained"
+            continue
+        heard = f", log {_ago(status.asked, each.last_record)}" if each.last_record else ""
+        yield f"{each.stage}: in training, last checkpoint at step {each.step:,}{heard}"
+
+
 def _all_stages(status: Status) -> list[Made]:
     """Return the stages that have shards or are planned, in order."""
     made = {each.folder: each for each in status.made}
-    stages = (made.get(folder, Made(folder, 0, None)) for folder in STAGES)
+    stages = (made.get(folder, Made(folder, 0, None)) for folder in DATA_STAGES)
     return [each for each in stages if each.num_shards or status.stage(each.folder)]
 
 
@@ -188,6 +237,14 @@ def _to_json(status: Status) -> dict[str, Any]:
                 "last_commit": each.last_commit.isoformat() if each.last_commit else None,
             }
             for each in _all_stages(status)
+        },
+        "models": {
+            each.stage: {
+                "is_done": each.is_done,
+                "checkpoint_step": each.step,
+                "last_record": each.last_record.isoformat() if each.last_record else None,
+            }
+            for each in status.trained
         },
         "run": status.run.model_dump(mode="json") if status.run is not None else None,
     }

@@ -16,15 +16,18 @@ def demo(
     root: Annotated[Path, typer.Option(help="Folder of the web and of the corpus.")] = Path(
         "capfilt-demo"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller web.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smaller web, fewer steps, no comparison.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the web and of every model.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run the job on a synthetic, noisy web that is served on this machine."""
+    """Run the whole job, BLIP-2 included, on a synthetic, noisy web served on this machine."""
     from jobs.demo.job import run_demo
     from jobs.stop import stop_on_signals
 
     with stop_on_signals() as should_stop:
-        summary = run_demo(root, is_quick=quick, should_stop=should_stop)
+        summary = run_demo(root, is_quick=quick, seed=seed, should_stop=should_stop)
     typer.echo(json.dumps(summary.to_json(), indent=2) if as_json else summary.text())
     raise typer.Exit(summary.exit_code)
 

@@ -132,13 +132,15 @@ class DemoSummary:
         yield "exact: captions of unseen pictures that name every object and state nothing wrong."
 
 
-def run_demo(folder: Path, *, is_quick: bool, should_stop: Callable[[], bool]) -> DemoSummary:
+def run_demo(
+    folder: Path, *, is_quick: bool, should_stop: Callable[[], bool], seed: int = 0
+) -> DemoSummary:
     """Run the whole job below `folder` and return what it came to; continues where it stopped.
 
     Raises UserError when the folder holds a demo of another size, or the port is taken.
     """
     folder = folder.absolute()
-    web = _build(folder / "web", WebConfig.quick() if is_quick else WebConfig())
+    web = _build(folder / "web", WebConfig.quick(seed) if is_quick else WebConfig(seed=seed))
     # Models this small lose by sharing their work, and with one thread the same seed gives the same
     # weights on machines of any size.
     torch.set_num_threads(1)
@@ -219,6 +221,8 @@ def demo_recipe(root: Path, web: SyntheticWeb, *, is_quick: bool = False) -> Rec
     """
     lists = {name: getattr(web.lists, name) for name in ("laion", "cc3m", "human", "test")}
     overrides = [f"sources.{name}.paths=[{str(path)!r}]" for name, path in lists.items()]
+    seed = web.config.seed
+    overrides += [f"seed={seed}", f"ablation.seeds=[{seed}]"]
     overrides += [f"root={str(root)!r}", f"fetch.allowed_ports=[{web.port}]"]
     weights = str(files("jobs") / "demo" / "encoder_weights")
     overrides += [f"training.{stage}.image_encoder={weights!r}" for stage in ("med", "stage1")]

@@ -109,6 +109,24 @@ def test_what_exists_is_counted_now_and_not_when_the_driver_last_wrote(root):
     assert "by ann@far, process 7, since" in text
 
 
+def test_models_in_training_are_told_apart_from_trained_ones(root):
+    write_status(root)
+    for name in (
+        "med/export/capfilt.json",
+        "stage1/metrics.jsonl",
+        "stage1/checkpoints/00000400/manifest.json",
+        "stage1/checkpoints/00001200/manifest.json",
+    ):
+        with fsspec.open(f"{root}/train/{name}", "wb", auto_mkdir=True) as stream:
+            stream.write(b"{}")
+    text = status_text(root)
+    assert "med: trained" in text
+    assert "stage1: in training, last checkpoint at step 1,200, log 0:00:0" in text
+    models = json.loads(status_text(root, as_json=True))["models"]
+    assert models["stage1"]["checkpoint_step"] == 1200
+    assert (models["med"]["is_done"], models["stage1"]["is_done"]) == (True, False)
+
+
 def test_a_driver_that_fell_silent_has_died_and_its_rate_is_not_shown(root):
     write_status(root, heartbeat_at=now() - timedelta(hours=1))
     write_markers(root, 3)
