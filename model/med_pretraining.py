@@ -216,7 +216,7 @@ class MedPretraining(MedFilter):
         pairs = _Pairs(image_embeds, image_feats, text_feats, token_ids, text_is_real, image_ids)
         if step.is_first:
             self.momentum.follow(self)
-        image_feats_m, text_feats_m = self.momentum(pixels, token_ids, text_is_real)
+        image_feats_m, text_feats_m = self._momentum_feats(pairs, pixels)
         compared = self._compare(pairs, image_feats_m, text_feats_m, step.alpha)
         self._enqueue(image_feats_m, text_feats_m, image_ids, step)
         weights = self._negative_weights(pairs, compared)
@@ -227,6 +227,17 @@ class MedPretraining(MedFilter):
         itc, itm = compared.loss(), weights.matching_loss(itm_logits)
         lm = self._caption(pairs, image) if self.objectives.has_lm else itm.new_zeros(())
         return MedLosses(itc, itm, lm, compared.i2t, compared.t2i, itm_logits, negatives)
+
+    def _momentum_feats(self, pairs: _Pairs, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the momentum encoder's features of images and texts, each (B, E) float32.
+
+        A copy that keeps nothing of itself is the encoders: their own features serve, and what
+        dropout was drawn for them.
+        """
+        if self.objectives.momentum == 0:
+            return pairs.image_feats.detach().float(), pairs.text_feats.detach().float()
+        feats: tuple[Tensor, Tensor] = self.momentum(pixels, pairs.token_ids, pairs.text_is_real)
+        return feats
 
     def _check(
         self, token_ids: Tensor, text_is_real: Tensor, image_ids: Tensor, step: MedStep

@@ -350,6 +350,23 @@ def test_without_soft_targets_itc_is_plain_cross_entropy():
     assert got.itc.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
+def test_a_copy_that_keeps_nothing_of_itself_gives_what_following_would():
+    found = []
+    for momentum in (0.0, 1e-12):  # the second moves and runs the copy
+        model = new_model(replace(OBJECTIVES, momentum=momentum)).train()
+        with torch.no_grad():
+            for parameter in model.image_encoder.parameters():
+                parameter.add_(0.01)  # an optimiser's step that the copy has not seen
+        got = model(*batch(), STEP, negatives=recorded_negatives(steps()[0]))
+        got.total.backward()
+        found.append((got, [p.grad for p in model.parameters() if p.grad is not None], model.queue))
+    (one, grads, queue), (other, other_grads, other_queue) = found
+    for name in ("itc", "itm", "lm", "sim_i2t", "sim_t2i"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+    torch.testing.assert_close(grads, other_grads)
+    torch.testing.assert_close(queue.image_feats, other_queue.image_feats)
+
+
 def test_alpha_may_be_a_tensor():
     one = reference_model()(*batch(), MedStep(alpha=torch.tensor(0.4)))
     other = reference_model()(*batch(), MedStep(alpha=0.4))
