@@ -42,8 +42,9 @@ def lay_out(recipe: Recipe, catalogue: Catalogue, stages: Sequence[Stage]) -> Bo
             boards.append(_downloads(recipe, catalogue, stage))
             continue
         boards = boards or [_given(recipe, catalogue, folder) for folder in _above(stage.folder)]
+        rows = boards[0].tasks  # images, of which captions' shards have several rows each
         tasks = {
-            key: Task(stage.folder, task.source, task.index, task.num_rows)
+            key: Task(stage.folder, *key, rows.get(key, task).num_rows)
             for key, task in boards[-1].tasks.items()
         }
         done: Commits = {}
