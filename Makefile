@@ -20,9 +20,16 @@ help: ## this list
 demo: $(STAMP) ## the whole job on the embedded synthetic web, in minutes on a laptop
 	@$(RUN)capfilt demo $(ARGS)
 
-test: lint ## lint, types and tests, as CI runs them
-	@echo "==> pytest"
+# tests/jobs waits for processes most of its time, all else computes: side by side they take half as long.
+test: lint ## lint, types and tests, as CI runs them; with ARGS, those tests alone
+ifdef ARGS
 	@$(RUN)python -m pytest $(ARGS)
+else
+	@echo "==> pytest, of tests/jobs and of all else, side by side"
+	@log=$$(mktemp); $(RUN)python -m pytest tests/jobs >$$log 2>&1 & jobs=$$!; status=0; \
+		$(RUN)python -m pytest --ignore tests/jobs || status=$$?; \
+		wait $$jobs || status=$$?; echo "==> tests/jobs"; cat $$log; rm $$log; exit $$status
+endif
 
 lint: $(STAMP) ## ruff (lint and format) and mypy --strict
 	@echo "==> ruff"

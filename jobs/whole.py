@@ -40,6 +40,7 @@ def run_whole(
     """
     stages = blip2_stages(recipe)
     _require_files(recipe, stages)
+    _require_one_qformer(recipe, stages)
     summary = _make_corpus(recipe, should_stop, address, command)
     if summary.exit_code or recipe.select is None:
         return summary
@@ -100,6 +101,22 @@ def _require_files(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
                 f"this run trains {stage} once the corpus is clean; put it there, or stop before: "
                 "--set run.until=select"
             )
+
+
+def _require_one_qformer(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+    """Raise UserError for a stage 2 that could not take up what stage 1 will have learned."""
+    if len(stages) < 2 or recipe.training is None or recipe.training.stage2.start_from is not None:
+        return
+    from jobs.training.plan import blip2_preset  # brings torch
+
+    first, second = (blip2_preset(stage, recipe.training.of(stage)) for stage in stages)
+    if (first.vision, first.stage1) != (second.vision, second.stage1):
+        names = [recipe.training.of(stage).preset for stage in stages]
+        raise UserError(
+            f"training.stage2.preset = {names[1]}: its image encoder or Q-Former has other sizes "
+            f"than that of training.stage1.preset = {names[0]}, which it begins from; name presets "
+            "that differ by their language model alone"
+        )
 
 
 def _report(recipe: Recipe) -> str | None:

@@ -123,6 +123,16 @@ def test_a_tower_that_is_not_there_stops_a_run_before_anything_is_fetched(recipe
     assert not root.exists()
 
 
+def test_stages_with_other_qformers_stop_a_run_before_anything_is_fetched(recipe, tmp_path):
+    stage2 = recipe.training.stage2.model_copy(update={"preset": "demo"})
+    training = recipe.training.model_copy(update={"stage2": stage2})
+    root = tmp_path / "corpus"
+    other = recipe.model_copy(update={"training": training, "root": str(root)})
+    with pytest.raises(UserError, match="stage2.preset = demo: .*stage1.preset = tiny"):
+        run_whole(other, never)
+    assert not root.exists()
+
+
 def test_a_language_model_without_a_free_id_is_refused_before_training(done, recipe, tmp_path):
     name = str(files("jobs") / "demo" / "llm_weights")
     tokenizer = AutoTokenizer.from_pretrained(name)
