@@ -68,7 +68,9 @@ def is_a_target(command, world):
     """`make X ARGS=...`: X is a target, and what it runs takes the arguments."""
     target, *others = shlex.split(command)[1:]
     targets = dict(
-        re.findall(r"^([a-z]+):[^=\n]*\n\t@?(.*)", (ROOT / "Makefile").read_text(), re.M)
+        re.findall(
+            r"^([a-z]+):[^=\n]*\n(?:ifdef ARGS\n)?\t@?(.*)", (ROOT / "Makefile").read_text(), re.M
+        )
     )
     assert target in targets, f"{command}: the Makefile has no such target"
     for each in others:
