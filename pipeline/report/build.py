@@ -59,7 +59,7 @@ def _gather(corpus: Corpus, other: Corpus | None, limits: SqlLimits) -> tuple[Js
     for name in store.list(FOLDER).folders:
         if name.startswith(TEMPORARY):
             store.remove_folder(f"{FOLDER}/{name}")  # unless a living report has it
-    for _ in range(_MAX_ROUNDS):
+    for rounds_left in reversed(range(_MAX_ROUNDS)):
         snapshot = Snapshot.take(corpus)
         try:
             with store.scratch(FOLDER, "ledgers") as folder:
@@ -70,7 +70,9 @@ def _gather(corpus: Corpus, other: Corpus | None, limits: SqlLimits) -> tuple[Js
                     if other is not None:
                         found["comparison"] = compare_with(ledgers, other, f"{folder}/other")
         except (duckdb.Error, OSError, CorpusChangedError) as error:
-            if not snapshot.has_changed(corpus):
+            # A commit that has just been settled renamed its files; the shard is still the same.
+            may_be_renamed = isinstance(error, CorpusChangedError) and rounds_left > 0
+            if not may_be_renamed and not snapshot.has_changed(corpus):
                 if isinstance(error, duckdb.Error):
                     raise ReportError(
                         f"a ledger cannot be read: {error}; `capfilt verify` says what to do"

@@ -64,7 +64,7 @@ def recipe(web, tmp_path_factory):
     overrides += [
         f"root={str(root)!r}",
         f"fetch.allowed_ports=[{web.port}]",
-        "select.itm_threshold=0.3",
+        "select.itm_threshold=0.1",
         "evaluation.num_candidates=5",
         "run.has_report=true",
     ]
