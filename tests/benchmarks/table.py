@@ -42,12 +42,13 @@ TITLES = {
     "download_http": ("download over HTTP, 800x600 JPEG to 256 px", "img2dataset"),
     "download_https": ("download over HTTPS", "img2dataset"),
     "stage1_step": ("stage-1 step, 4 layers of BERT-base, batch 4", "transformers' modules"),
-    "captions": ("captions an image, BLIP-base, 384 px", "transformers' `generate`"),
-    "itm_pairs": ("ITM, BLIP-base, 384 px, captions an image", "transformers"),
+    "captions": ("captions, BLIP-base, 384 px, {} an image", "transformers' `generate`"),
+    "itm_pairs": ("ITM, BLIP-base, 384 px, {} captions an image", "transformers"),
     "score_shard": ("whole shard, raw tar to scores", "transformers in a loop"),
     "select_blip": ("select by BLIP's policy", "pandas and webdataset"),
     "loader": ("loader, 512 px JPEG to 224 px batches", "webdataset and PIL"),
 }
+PEERS = {"pairs": ", pair by pair", "once": ", its ViT once an image"}
 
 
 def main() -> None:
@@ -86,21 +87,22 @@ def lines(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     title, peer = TITLES[result["name"]]
     theirs = result["peer"] if isinstance(result["peer"], dict) else {"": result["peer"]}
     for case, value in theirs.items():
+        number, _, side = case.partition(" ")
         ours, ratio = (
-            each if not isinstance(each, dict) else each.get(case, each.get(case.split(" ")[0]))
+            each if not isinstance(each, dict) else each.get(case, each.get(number))
             for each in (result["ours"], result["ratio"])
         )
-        full = f"{title}: {case}" if case else title
+        full = title.format(number)
         cells = (
             full,
             result["unit"],
             shown(ours),
-            f"{peer}: {shown(value)}",
+            f"{peer}{PEERS.get(side, '')}: {shown(value)}",
             f"{ratio:.2f}",
             machine(),
             datetime.now(UTC).date().isoformat(),
         )
-        yield full, f"| {' | '.join(cells)} |"
+        yield f"{full} {side}", f"| {' | '.join(cells)} |"
 
 
 def shown(value: float) -> str:
@@ -113,14 +115,20 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}"
 
 
+def compared(row: str) -> tuple[str, str]:
+    """Return what a row is about: the benchmark and the peer."""
+    cells = [cell.strip() for cell in row.split("|")]
+    return cells[1], cells[4].rpartition(":")[0]
+
+
 def with_rows(readme: str, rows: dict[str, str]) -> str:
     """Return README with rows of the table replaced by their title, or added."""
     head, _, rest = readme.partition(BEGIN)
     table, _, tail = rest.partition(END)
-    found = re.findall(r"^\| (.+?) \|.*$", table, re.MULTILINE)
-    known = dict(zip(found, re.findall(r"^\| .*$", table, re.MULTILINE), strict=True))
-    known.pop("benchmark", None)
-    body = "\n".join([*HEADER, *(known | rows).values()])
+    known = {compared(row): row for row in re.findall(r"^\| .*$", table, re.MULTILINE)}
+    known.pop(compared(HEADER[0]))
+    known |= {compared(row): row for row in rows.values()}
+    body = "\n".join([*HEADER, *known.values()])
     return f"{head}{BEGIN}\n{body}\n{END}{tail}"
 
 
