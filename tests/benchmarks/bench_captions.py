@@ -171,7 +171,7 @@ def main() -> None:
                 "ours": {number: each["ours"] for number, each in results.items()},
                 "peer": {number: each["peer"] for number, each in results.items()},
                 "ratio": {number: each["ratio"] for number, each in results.items()},
-                "unit": "captions/s",
+                "unit": "captions/CPU-s" if args.cpu_time else "captions/s",
             }
         )
     )

@@ -186,7 +186,8 @@ def main() -> None:
         for side, ratio in ratios.items():
             results["peer"][f"{number} {side}"] = round(speed[side], 3)
             results["ratio"][f"{number} {side}"] = round(ratio, 3)
-    print(json.dumps({"name": "itm_pairs", **results, "unit": "pairs/s"}))
+    unit = "pairs/CPU-s" if args.cpu_time else "pairs/s"
+    print(json.dumps({"name": "itm_pairs", **results, "unit": unit}))
 
 
 if __name__ == "__main__":
