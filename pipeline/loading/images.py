@@ -114,9 +114,15 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     """
     batch, channels, height, width = pixels.shape
     centre, spread = (torch.tensor(value, device=pixels.device) for value in (mean, std))
-    rows = pixels.permute(0, 2, 3, 1).reshape(batch, height, width * channels).float()
-    rows.mul_((1 / (255 * spread)).repeat(width)).sub_((centre / spread).repeat(width))
-    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)  # (B, 3, S, S)
+    factor, offset = (1 / (255 * spread)).repeat(width), (centre / spread).repeat(width)
+    rows = pixels.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+    result = torch.empty(rows.shape, device=pixels.device)
+    # One image at a time stays in a processor's cache through all three passes; a device would
+    # rather be called once.
+    step = 1 if pixels.device.type == "cpu" else batch
+    for part, out in zip(torch.split(rows, step), torch.split(result, step), strict=True):
+        out.copy_(part).mul_(factor).sub_(offset)
+    return result.view(batch, height, width, channels).permute(0, 3, 1, 2)  # (B, 3, S, S)
 
 
 def _cut(pixels: Pixels, crop: Crop, scale: float) -> Pixels:

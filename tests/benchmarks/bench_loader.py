@@ -5,7 +5,7 @@
 Both sides read the same shards of photo-like JPEGs, 384 px on the shorter side, and give batches of
 float32 tensors after a random resized crop (0.5 to 1 of the area, antialiased bicubic), a flip and
 CLIP's normalisation. Each runs on one thread and is timed in CPU seconds, so other work on the
-machine disturbs it little; rounds alternate between the sides, and medians are compared. `bare` is
+machine disturbs it less; rounds alternate between the sides, and medians are compared. `bare` is
 decoding and cropping the same bytes in a loop, from memory and nothing else: what no loader can
 beat. `worker` is our loader with one worker process, whose CPU seconds and the main process's count
 alike. The last line is JSON.
@@ -152,17 +152,17 @@ class PillowTransform:
 
 
 def bare(corpus: Corpus, size: int) -> Batches:
-    """Yield as many decoded crops as a batch has, and do nothing else."""
+    """Yield as many decoded crops as a batch has, and do nothing else; what to crop was drawn."""
     images = []
     for shard in corpus.shards("clean"):
         with corpus.open(shard, "tar") as stream:
             archive = webdataset.tariterators.tar_file_iterator(io.BytesIO(stream.read()))
             images += [member["data"] for member in archive if member["fname"].endswith(".jpg")]
+    crops = [random_crop(WIDTH, HEIGHT, 0.5, draw(NUM_DRAWS, n)) for n in range(len(images))]
     number = 0
     while True:
         for _ in range(BATCH):
-            data = images[number % len(images)]
-            crop = random_crop(WIDTH, HEIGHT, 0.5, draw(NUM_DRAWS, number))
+            data, crop = images[number % len(images)], crops[number % len(images)]
             header = read_header(data)
             pixels = decode(data, header, min_width=WIDTH, min_height=HEIGHT).pixels
             rows = slice(crop.top, crop.top + crop.height)
@@ -207,23 +207,29 @@ def seconds_of(pid: int) -> float:
 
 
 def measure(corpus: Corpus, args: argparse.Namespace) -> dict[str, float]:
-    """Return each side's median rate over alternating rounds."""
-    with ours(corpus, args.size, 0) as inline, ours(corpus, args.size, 1) as served:
+    """Return each side's median rate over alternating rounds; the worker's are after the others.
+
+    It goes on making batches when its round is over, beside whoever comes next.
+    """
+    with ours(corpus, args.size, 0) as inline:
         sides = {
             "ours": Side(normalised(inline)),
             "peer": Side(peer(corpus, args.size)),
             "bare": Side(bare(corpus, args.size)),
-            "worker": Side(normalised(served)),
         }
         for side in sides.values():
-            next(side.batches)  # opens files, starts the worker
-        worker = sides["worker"]
-        worker.worker = multiprocessing.active_children()[0].pid
-        worker.run(args.images)  # its lead is the same at the end of this and of each round
-        worker.rates.clear()
+            side.run(args.images)  # opens files, finds its memory
+            side.rates.clear()
         for _ in range(args.rounds):
             for side in sides.values():
                 side.run(args.images)
+    with ours(corpus, args.size, 1) as served:
+        worker = sides["worker"] = Side(normalised(served))
+        next(worker.batches)  # starts the process
+        worker.worker = multiprocessing.active_children()[0].pid
+        for _ in range(args.rounds + 1):
+            worker.run(args.images)
+        del worker.rates[0]  # its lead is the same at the end of this and of each round
     return {name: statistics.median(side.rates) for name, side in sides.items()}
 
 
