@@ -9,6 +9,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from jobs.corpus_root import open_corpus
@@ -17,10 +18,11 @@ from jobs.evaluate import evaluate
 from jobs.evaluation.config import Arm
 from jobs.pretrain import pretrain
 from jobs.recipe import Recipe
-from jobs.training.config import TRAINED
+from jobs.training.config import TRAINED, Stage
 from jobs.training.context import this_process
 from jobs.training.data import VOCABULARY, open_tokenizer
 from jobs.training.job import training_job
+from jobs.training.side_by_side import Task, side_by_side
 from pipeline.corpus import Corpus
 from pipeline.select import Selector
 from pipeline.selection.config import Policy, SelectConfig
@@ -28,6 +30,7 @@ from pipeline.share import share_shard, share_upstream
 from pipeline.sources.rows import Origin
 
 RESULT = "report/ablation.json"
+Figures = dict[str, float]
 _POLICIES: dict[Arm, Policy] = {
     "web": Policy.WEB_ONLY,
     "filtered": Policy.FILTER_ONLY,
@@ -104,28 +107,68 @@ def ablate(recipe: Recipe, should_stop: Callable[[], bool]) -> Ablation | None:
 
     Raises UserError where something is missing.
     """
+    tasks = arm_tasks(recipe)
+    assert recipe.training is not None
+    figures = side_by_side(tasks, recipe.training.num_at_once, should_stop)
+    return None if figures is None else conclude(recipe, figures)
+
+
+def arm_tasks(recipe: Recipe) -> dict[str, Task[Figures]]:
+    """Give every arm its corpus; return what is then to be done for each, in any order.
+
+    Raises UserError where something is missing.
+    """
     if recipe.training is None or recipe.evaluation is None:
         raise UserError("an ablation asks for the sections `training` and `evaluation`; add them")
-    config, corpus = recipe.ablation, open_corpus(recipe.root)
+    stage, corpus = recipe.ablation.stage, open_corpus(recipe.root)
     _require_scores(recipe, corpus)
-    open_tokenizer(training_job(recipe, config.stage), this_process())  # made once, for all arms
-    results = []
+    open_tokenizer(training_job(recipe, stage), this_process())  # made once, for all arms
+    arms = {arm: _arm_recipe(recipe, *arm) for arm in _trainings(recipe)}
+    for (arm, _), own in arms.items():
+        _fill(recipe, own, arm, corpus)
+    return {
+        f"{arm}-{seed}": partial(_train_and_measure, own, stage, recipe.root)
+        for (arm, seed), own in arms.items()
+    }
+
+
+def conclude(recipe: Recipe, figures: Sequence[Figures]) -> Ablation:
+    """Return the comparison that the results of all `arm_tasks` make, and write it down."""
+    assert recipe.training is not None
+    found = dict(zip(_trainings(recipe), figures, strict=True))
+    config, results = recipe.ablation, []
     for arm in config.arms:
-        figures: list[dict[str, float]] = []
-        num_captions = 0
-        for seed in config.seeds:
-            own = _arm_recipe(recipe, arm, seed)
-            num_captions = _fill(recipe, own, arm, corpus)
-            card = pretrain(training_job(own, config.stage), should_stop)
-            if card is None:
-                return None
-            figures.append(evaluate(own, config.stage, pairs_of=corpus).figures)
-        by_name = {name: tuple(each[name] for each in figures) for name in figures[0]}
-        results.append(ArmResult(arm, num_captions, by_name))
-    steps = recipe.training.of(config.stage).num_steps
-    done = Ablation(config.stage, steps, config.seeds, tuple(results))
-    write_ablation(corpus, done)
+        own = [found[arm, seed] for seed in config.seeds]
+        by_name = {name: tuple(each[name] for each in own) for name in own[0]}
+        results.append(ArmResult(arm, _num_captions(recipe, arm), by_name))
+    num_steps = recipe.training.of(config.stage).num_steps
+    done = Ablation(config.stage, num_steps, config.seeds, tuple(results))
+    write_ablation(open_corpus(recipe.root), done)
     return done
+
+
+def _trainings(recipe: Recipe) -> list[tuple[Arm, int]]:
+    config = recipe.ablation
+    return [(arm, seed) for arm in config.arms for seed in config.seeds]
+
+
+def _train_and_measure(
+    own: Recipe, stage: Stage, scored_root: str, should_stop: Callable[[], bool]
+) -> Figures | None:
+    card = pretrain(training_job(own, stage), should_stop)
+    if card is None:
+        return None
+    return evaluate(own, stage, pairs_of=open_corpus(scored_root)).figures
+
+
+def _num_captions(recipe: Recipe, arm: Arm) -> int:
+    """Return how many captions an arm was trained on."""
+    corpus = open_corpus(arm_root(recipe, arm, recipe.ablation.seeds[0]))
+    return sum(
+        sum(record.stats["captions"]["kept"].values())
+        for name in _sources(recipe)
+        for record in corpus.shards("clean", name)
+    )
 
 
 def arm_root(recipe: Recipe, arm: Arm, seed: int) -> str:
@@ -167,24 +210,20 @@ def _arm_recipe(recipe: Recipe, arm: Arm, seed: int) -> Recipe:
     )
 
 
-def _fill(recipe: Recipe, own: Recipe, arm: Arm, corpus: Corpus) -> int:
-    """Give an arm its clean shards; return how many captions they have."""
+def _fill(recipe: Recipe, own: Recipe, arm: Arm, corpus: Corpus) -> None:
+    """Give one training of an arm its clean shards."""
     target, first = open_corpus(own.root), arm_root(recipe, arm, recipe.ablation.seeds[0])
-    is_first = own.root == first
     selector = Selector(target, own.select or SelectConfig(), replaces_other_policy=True)
-    num_captions = 0
     for source, index in _scored_shards(recipe, corpus):
-        if is_first:
+        if own.root == first:
             raw, scored, _ = share_upstream(corpus, target, source, index)
-            record = selector.select(raw, scored).record
+            selector.select(raw, scored)
         else:
-            record, _ = share_shard(open_corpus(first), target, "clean", source, index)
-        num_captions += sum(record.stats["captions"]["kept"].values())
+            share_shard(open_corpus(first), target, "clean", source, index)
     vocabulary = corpus.store.read(VOCABULARY)
     if vocabulary is not None and target.store.read(VOCABULARY) is None:
         target.store.make_folder("train")
         target.store.create(VOCABULARY, vocabulary)
-    return num_captions
 
 
 def _scored_shards(recipe: Recipe, corpus: Corpus) -> Iterator[tuple[str, int]]:

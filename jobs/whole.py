@@ -8,7 +8,9 @@ filter needs no training in between, and its data stages overlap.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs import run as data_run
 from jobs.corpus_root import open_corpus
@@ -19,7 +21,15 @@ from jobs.stages.stages import untrained
 from jobs.summary import RunSummary
 from jobs.training.config import TRAINED, Stage
 
-_BOOTSTRAP: tuple[Stage, ...] = ("med", "captioner", "filter")
+if TYPE_CHECKING:
+    from jobs.training.exports import ExportCard
+    from jobs.training.job import TrainingJob
+    from jobs.training.side_by_side import Task
+
+Figures = dict[str, float]
+ShouldStop = Callable[[], bool]
+
+_FINE_TUNED: tuple[Stage, ...] = ("captioner", "filter")  # both begin from med
 _BLIP2: Mapping[Until, tuple[Stage, ...]] = {
     "select": (),
     "stage1": ("stage1",),
@@ -29,7 +39,7 @@ _BLIP2: Mapping[Until, tuple[Stage, ...]] = {
 
 def run_whole(
     recipe: Recipe,
-    should_stop: Callable[[], bool],
+    should_stop: ShouldStop,
     *,
     address: str | None = None,
     command: str = "",
@@ -45,11 +55,21 @@ def run_whole(
     if summary.exit_code or recipe.select is None:
         return summary
     summary = replace(summary, report=_report(recipe))
-    for stage in stages:
+    models = train_blip2(recipe, should_stop)
+    return replace(summary, is_stopped=models is None, models=models or {})
+
+
+def train_blip2(recipe: Recipe, should_stop: ShouldStop) -> dict[Stage, Figures] | None:
+    """Train the stages of BLIP-2 that a run goes on to; return each one's figures, None if stopped.
+
+    Without a held-out source in the recipe a stage has none.
+    """
+    models: dict[Stage, Figures] = {}
+    for stage in blip2_stages(recipe):
         if not train(recipe, (stage,), should_stop):
-            return replace(summary, is_stopped=True)
-        summary = replace(summary, models=summary.models | {stage: _measured(recipe, stage)})
-    return summary
+            return None
+        models[stage] = _measured(recipe, stage)
+    return models
 
 
 def blip2_stages(recipe: Recipe) -> tuple[Stage, ...]:
@@ -60,23 +80,30 @@ def blip2_stages(recipe: Recipe) -> tuple[Stage, ...]:
     return tuple(stage for stage in _BLIP2[recipe.run.until] if stage in wanted)
 
 
-def train(recipe: Recipe, stages: tuple[Stage, ...], should_stop: Callable[[], bool]) -> bool:
-    """Train stages one after the other; return whether all are trained, False when stopped."""
-    from jobs.pretrain import pretrain  # brings torch
-    from jobs.training.gates import DivergedError
+def train(recipe: Recipe, stages: tuple[Stage, ...], should_stop: ShouldStop) -> bool:
+    """Train stages that do not need each other; return whether all are, False when stopped."""
     from jobs.training.job import training_job
+    from jobs.training.side_by_side import side_by_side  # brings torch
 
-    for stage in stages:
-        try:
-            if should_stop() or pretrain(training_job(recipe, stage), should_stop) is None:
-                return False
-        except DivergedError as error:
-            raise RunError(f"{stage}: {error}") from error
-    return True
+    assert recipe.training is not None
+    tasks: dict[str, Task[ExportCard]] = {
+        stage: partial(_train, training_job(recipe, stage)) for stage in stages
+    }
+    return side_by_side(tasks, recipe.training.num_at_once, should_stop) is not None
+
+
+def _train(job: "TrainingJob", should_stop: ShouldStop) -> "ExportCard | None":
+    from jobs.pretrain import pretrain
+    from jobs.training.gates import DivergedError
+
+    try:
+        return pretrain(job, should_stop)
+    except DivergedError as error:
+        raise RunError(f"{job.stage}: {error}") from error
 
 
 def _make_corpus(
-    recipe: Recipe, should_stop: Callable[[], bool], address: str | None, command: str
+    recipe: Recipe, should_stop: ShouldStop, address: str | None, command: str
 ) -> RunSummary:
     if untrained(recipe):
         summary = data_run.run_stage(
@@ -84,7 +111,7 @@ def _make_corpus(
         )
         if summary.exit_code:
             return summary
-        if not train(recipe, _BOOTSTRAP, should_stop):
+        if not all(train(recipe, each, should_stop) for each in (("med",), _FINE_TUNED)):
             return replace(summary, is_stopped=True)
     return data_run.run(recipe, should_stop, address=address, command=command)
 
@@ -130,7 +157,7 @@ def _report(recipe: Recipe) -> str | None:
         raise UserError(f"{recipe.root}: {error}") from error
 
 
-def _measured(recipe: Recipe, stage: Stage) -> dict[str, float]:
+def _measured(recipe: Recipe, stage: Stage) -> Figures:
     """Return a stage's figures on the held-out source; none where the recipe names no such."""
     if recipe.evaluation is None:
         return {}

@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 import torch
 
-from jobs.ablate import Ablation, ablate, arm_root, write_ablation
+from jobs.ablate import Ablation, arm_root, arm_tasks, conclude, write_ablation
 from jobs.demo.behaviours import Delivery
 from jobs.demo.judge import HEADER, FilterQuality, exact_share, judge_filter
 from jobs.demo.noise import Noise
@@ -24,7 +25,8 @@ from jobs.progress import stage_meter
 from jobs.recipe import Recipe, load_recipe
 from jobs.summary import SOME_FAILED, RunSummary
 from jobs.training.config import Stage
-from jobs.whole import run_whole
+from jobs.training.side_by_side import Task, side_by_side
+from jobs.whole import Figures, run_whole, train_blip2
 from pipeline.corpus import Corpus
 from pipeline.download import STAGE
 from pipeline.report.build import build_report
@@ -145,34 +147,47 @@ def run_demo(
     # weights on machines of any size.
     torch.set_num_threads(1)
     recipe = demo_recipe(folder / "corpus", web, is_quick=is_quick)
+    corpus_only = recipe.run.model_copy(update={"until": "select"})
     try:
         server = web.serve()
         with server:
-            done = run_whole(recipe, should_stop, command="capfilt demo")
+            done = run_whole(
+                recipe.model_copy(update={"run": corpus_only}), should_stop, command="capfilt demo"
+            )
     except OSError as error:
         raise UserError(
             f"the demo's web cannot be served on port {web.port}: {error}; stop what listens "
             f"there, or delete {folder} to begin anew on another port"
         ) from error
-    return _summarise(recipe, done, web, should_stop, is_quick=is_quick)
+    if done.exit_code:
+        return DemoSummary(recipe.root, done, (), 0, {}, None, None)
+    learned = _learn(recipe, should_stop, is_quick=is_quick)
+    if learned is None:
+        return DemoSummary(recipe.root, replace(done, is_stopped=True), (), 0, {}, None, None)
+    models, proof = learned
+    return _summarise(recipe, replace(done, models=models), proof, web.truth())
+
+
+def _learn(
+    recipe: Recipe, should_stop: Callable[[], bool], *, is_quick: bool
+) -> tuple[dict[Stage, Figures], Ablation | None] | None:
+    """Train BLIP-2 and, beside it, the arms of the proof, all on what the corpus became."""
+    assert recipe.training is not None
+    tasks: dict[str, Task[Any]] = {"blip2": partial(train_blip2, recipe)}
+    if not is_quick:
+        tasks |= arm_tasks(recipe)
+    found = side_by_side(tasks, recipe.training.num_at_once, should_stop)
+    if found is None:
+        return None
+    models, *figures = found
+    return models, None if is_quick else conclude(recipe, figures)
 
 
 def _summarise(
-    recipe: Recipe,
-    done: RunSummary,
-    web: SyntheticWeb,
-    should_stop: Callable[[], bool],
-    *,
-    is_quick: bool,
+    recipe: Recipe, done: RunSummary, proof: Ablation | None, truth: dict[str, PlannedImage]
 ) -> DemoSummary:
-    """Prove, judge by the truth, and write the report, once all is there."""
-    corpus, truth = Corpus(recipe.root), web.truth()
-    if done.exit_code:
-        return DemoSummary(corpus.root, done, (), 0, {}, None, None)
-    proof = None if is_quick else ablate(recipe, should_stop)
-    if proof is None and not is_quick:
-        stopped = replace(done, is_stopped=True)
-        return DemoSummary(corpus.root, stopped, (), 0, {}, None, None)
+    """Judge by the truth, and write the report."""
+    corpus = Corpus(recipe.root)
     if proof is not None:
         proof = _with_exact(recipe, proof, truth)
         write_ablation(corpus, proof)
@@ -189,7 +204,7 @@ def _summarise(
 
 def _models(
     recipe: Recipe, done: RunSummary, truth: dict[str, PlannedImage]
-) -> dict[Stage, dict[str, float]]:
+) -> dict[Stage, Figures]:
     return {
         stage: figures | {"exact": _exact(recipe, recipe.root, stage, truth)}
         for stage, figures in done.models.items()

@@ -218,6 +218,12 @@ class TrainingConfig(BaseModel):
     cache_folder: str | None = Field(
         default=None, description="Local folder for shards of a corpus on object storage."
     )
+    num_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1,
+        description="Trainings at a time that do not need each other, each in a process of its "
+        "own on this machine: captioner beside filter, the arms of an ablation. For models so "
+        "small that one processor is enough for each; decides no weight.",
+    )
     workers: WorkersConfig = Field(default_factory=WorkersConfig, description="Who trains.")
     watch: WatchConfig = Field(default_factory=WatchConfig, description="What is written down.")
     med: StageConfig = Field(

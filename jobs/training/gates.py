@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from jobs.errors import RunError
+
 # Guessing one match among three pairs, whatever is seen (BLIP, Sec. 3.2: B true, 2B negative).
 ITM_PRIOR = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3
 PATIENCE = 3  # records in a row before a condition is an alarm
 _NEAR = 0.01
 
 
-class DivergedError(Exception):
+class DivergedError(RunError):
     """A loss or gradient is not finite: says since when and what to do."""
 
 

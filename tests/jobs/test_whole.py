@@ -79,6 +79,12 @@ def done(web, recipe):
         return run_whole(recipe, never)
 
 
+def exported(root, stage):
+    """Return the bytes of the weights that a stage handed over, by file."""
+    paths = Path(root, "train", stage, "export").rglob("*.safetensors")
+    return {path.name: path.read_bytes() for path in paths}
+
+
 def capfilt(*arguments):
     with pytest.raises(SystemExit) as ended:
         jobs.cli.main([str(each) for each in arguments])
@@ -203,13 +209,19 @@ def test_arms_are_trained_alike_on_images_that_are_linked(done, recipe):
     assert ablate(recipe, never).to_json() == found.to_json()  # nothing is trained twice
 
 
-def test_a_submitted_run_trains_its_own_models_too(web, recipe, tmp_path):
-    elsewhere = recipe.model_copy(update={"root": str(tmp_path / "corpus")})
+def test_a_submitted_run_trains_its_own_models_too(done, web, recipe, tmp_path):
+    """And one after the other they are the same, to the bit, as side by side."""
+    assert recipe.training.num_at_once > 1
+    in_turn = recipe.training.model_copy(update={"num_at_once": 1})
+    elsewhere = recipe.model_copy(update={"root": str(tmp_path / "corpus"), "training": in_turn})
     (tmp_path / "recipe.yaml").write_text(dump_recipe(elsewhere))
     with web.serve():
         assert capfilt("run-submitted", tmp_path / "recipe.yaml", "--again", "as typed") == 0
     assert untrained(elsewhere) == []
     assert Corpus(elsewhere.root).shards("clean", "laion")
+    for stage in ("captioner", "filter"):
+        ours, theirs = (exported(root, stage) for root in (elsewhere.root, recipe.root))
+        assert ours == theirs, stage
 
 
 def test_an_arms_policy_is_the_one_it_is_named_for(recipe):
