@@ -9,6 +9,7 @@ Dims: B batch, Q query tokens, T text tokens, S suffix tokens, W width of the LL
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -242,6 +243,8 @@ def load_llm(
     """
     config = AutoConfig.from_pretrained(name, revision=revision)
     model = _class_for(config).from_pretrained(name, config=config, dtype=dtype, revision=revision)
+    if Path(name).is_dir():
+        model.config.name_or_path = Path(name).name  # exports carry it: no path of this machine
     return FrozenLlm(model, has_dropout=has_dropout)
 
 

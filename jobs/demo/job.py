@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,7 @@ from jobs.demo.plan import PlannedImage, WebConfig
 from jobs.demo.web import SyntheticWeb, build_web
 from jobs.errors import UserError
 from jobs.evaluate import read_captions
+from jobs.evaluation.config import ARMS
 from jobs.progress import stage_meter
 from jobs.recipe import Recipe, load_recipe
 from jobs.summary import SOME_FAILED, RunSummary
@@ -33,7 +35,16 @@ from pipeline.report.build import build_report
 from pipeline.verify import Severity, verify
 
 _QUICK_STEPS = {"med": 150, "captioner": 60, "filter": 60, "stage1": 60, "stage2": 40}
+_FULL_SEEDS = 3
 _SHOWN = ("TR@1", "IR@1", "CIDEr", "exact")
+
+
+class Extent(Enum):
+    """How much of the job there is."""
+
+    QUICK = "a smaller web, fewer steps, no comparison"
+    USUAL = "two arms of the comparison, one seed"
+    FULL = "all four arms, three seeds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +146,24 @@ class DemoSummary:
 
 
 def run_demo(
-    folder: Path, *, is_quick: bool, should_stop: Callable[[], bool], seed: int = 0
+    folder: Path,
+    *,
+    should_stop: Callable[[], bool],
+    extent: Extent = Extent.USUAL,
+    seed: int = 0,
 ) -> DemoSummary:
     """Run the whole job below `folder` and return what it came to; continues where it stopped.
 
+    A full demo goes on from a usual one in the same folder.
+
     Raises UserError when the folder holds a demo of another size, or the port is taken.
     """
-    folder = folder.absolute()
+    folder, is_quick = folder.absolute(), extent is Extent.QUICK
     web = _build(folder / "web", WebConfig.quick(seed) if is_quick else WebConfig(seed=seed))
     # Models this small lose by sharing their work, and with one thread the same seed gives the same
     # weights on machines of any size.
     torch.set_num_threads(1)
-    recipe = demo_recipe(folder / "corpus", web, is_quick=is_quick)
+    recipe = demo_recipe(folder / "corpus", web, extent)
     corpus_only = recipe.run.model_copy(update={"until": "select"})
     try:
         server = web.serve()
@@ -229,20 +246,23 @@ def _exact(recipe: Recipe, root: str, stage: Stage, truth: dict[str, PlannedImag
     return exact_share(said, Corpus(recipe.root), recipe.evaluation.source, truth)
 
 
-def demo_recipe(root: Path, web: SyntheticWeb, *, is_quick: bool = False) -> Recipe:
+def demo_recipe(root: Path, web: SyntheticWeb, extent: Extent = Extent.USUAL) -> Recipe:
     """Return the embedded recipe for a web that was built: its lists, its port.
 
-    `is_quick` trains for fewer steps, after which the models know little.
+    A quick one trains for fewer steps, after which the models know little.
     """
     lists = {name: getattr(web.lists, name) for name in ("laion", "cc3m", "human", "test")}
     overrides = [f"sources.{name}.paths=[{str(path)!r}]" for name, path in lists.items()]
     seed = web.config.seed
-    overrides += [f"seed={seed}", f"ablation.seeds=[{seed}]"]
+    num_seeds = _FULL_SEEDS if extent is Extent.FULL else 1
+    overrides += [f"seed={seed}", f"ablation.seeds={list(range(seed, seed + num_seeds))}"]
     overrides += [f"root={str(root)!r}", f"fetch.allowed_ports=[{web.port}]"]
     weights = str(files("jobs") / "demo" / "encoder_weights")
     overrides += [f"training.{stage}.image_encoder={weights!r}" for stage in ("med", "stage1")]
     overrides += [f"training.stage2.llm={str(files('jobs') / 'demo' / 'llm_weights')!r}"]
-    if is_quick:
+    if extent is Extent.FULL:
+        overrides.append(f"ablation.arms={list(ARMS)}")
+    if extent is Extent.QUICK:
         overrides += [f"training.{stage}.num_steps={n}" for stage, n in _QUICK_STEPS.items()]
     return load_recipe(str(files("jobs") / "recipes" / "demo.yaml"), overrides)
 

@@ -13,6 +13,7 @@ Stage = Literal["med", "captioner", "filter", "stage1", "stage2"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 CORPUS_TOKENIZER = "corpus"
 TRAINED = "trained"
+_MODELS = ("start_from", "text_model", "image_encoder", "llm")
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 _Positive = Annotated[int, Field(ge=1)]
@@ -112,9 +113,14 @@ class StageConfig(BaseModel):
     )
 
     def content(self) -> dict[str, Any]:
-        """Return what decides the weights: all but how batches and the frozen LLM are cut."""
+        """Return what decides the weights: all but how batches and the frozen LLM are cut.
+
+        Files are called by their names: what is in them has a fingerprint of its own, and where
+        they lie, which may be elsewhere tomorrow, decides nothing.
+        """
         how = {"micro_batch_size", "shards_llm"}
-        return self.model_dump(mode="json", exclude=how, exclude_none=True)
+        content = self.model_dump(mode="json", exclude=how, exclude_none=True)
+        return content | {key: _called(content[key]) for key in _MODELS if key in content}
 
 
 class WorkersConfig(BaseModel):
@@ -269,7 +275,13 @@ class TrainingConfig(BaseModel):
             shared |= {"vocabulary_size"}
         if is_med(stage):
             shared |= {"med_data"}
-        return self.model_dump(mode="json", include=shared) | self.of(stage).content()
+        own = self.model_dump(mode="json", include=shared) | {"tokenizer": _called(self.tokenizer)}
+        return own | self.of(stage).content()
+
+
+def _called(model: str) -> str:
+    """Return a model's name: of a path or an address the last part, on the hub all of it."""
+    return model.rstrip("/").rpartition("/")[2] if model[:1] in "/." or "://" in model else model
 
 
 def is_med(stage: Stage) -> bool:

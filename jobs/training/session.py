@@ -196,4 +196,5 @@ def _content(job: TrainingJob, plan: Plan, loader: Loader, built: Built) -> dict
         "loader": loader.config.content(),
         "data": position["data"],
         "origins": dict(built.origins),
+        "frozen": dict(built.frozen),
     }

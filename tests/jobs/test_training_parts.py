@@ -131,6 +131,22 @@ def test_pace_is_no_part_of_what_decides_the_weights():
     assert slower.stage_content("stage2") == one.stage_content("stage2")
 
 
+@pytest.mark.parametrize("key", ["start_from", "text_model", "image_encoder", "llm"])
+def test_where_weights_lie_is_no_part_of_it_but_what_they_are_called_is(key):
+    """What is in them has a fingerprint; another machine may have them elsewhere."""
+
+    def content(name):
+        return TrainingConfig.model_validate({"stage2": {key: name}}).stage_content("stage2")
+
+    assert content("/mnt/a/eva.pth") == content("/scratch/b/eva.pth") == content("./eva.pth")
+    assert content("/mnt/a/eva.pth")[key] == "eva.pth"
+    assert content("s3://bucket/x/opt/") == content("/mnt/opt")
+    assert content("facebook/opt-2.7b")[key] == "facebook/opt-2.7b"
+    tokenizers = [TrainingConfig(tokenizer=name) for name in ("/a/bert", "/b/bert", "org/bert")]
+    one, moved, other = (each.stage_content("stage1") for each in tokenizers)
+    assert one == moved != other
+
+
 def test_settings_are_checked_where_they_are_made():
     with pytest.raises(ValidationError, match="min_workers 4 is above num_workers"):
         WorkersConfig(num_workers=2, min_workers=4)
