@@ -18,10 +18,12 @@ from transformers import (
 
 import jobs.cli
 from jobs.ablate import ablate, arm_policy
+from jobs.demo.job import Extent, demo_recipe
 from jobs.demo.plan import WebConfig
 from jobs.demo.web import build_web
 from jobs.errors import UserError
 from jobs.evaluate import evaluate
+from jobs.evaluation.config import ARMS
 from jobs.recipe import dump_recipe, load_recipe
 from jobs.stages.stages import untrained
 from jobs.training.config import TrainingConfig
@@ -229,6 +231,15 @@ def test_an_arms_policy_is_the_one_it_is_named_for(recipe):
         arm_policy(recipe, arm).policy for arm in ("web", "filtered", "captioned", "capfilt")
     ]
     assert policies == [Policy.WEB_ONLY, Policy.FILTER_ONLY, Policy.CAPTION_ONLY, Policy.BLIP]
+
+
+def test_a_full_demo_goes_on_from_a_usual_one(web, tmp_path):
+    usual, full = (demo_recipe(tmp_path, web, extent) for extent in (Extent.USUAL, Extent.FULL))
+    assert (usual.ablation.arms, usual.ablation.seeds) == (("web", "capfilt"), (0,))
+    assert (full.ablation.arms, full.ablation.seeds) == (ARMS, (0, 1, 2))
+    assert full.model_copy(update={"ablation": usual.ablation}) == usual
+    assert capfilt("demo", "--quick", "--full", "--root", tmp_path / "none") == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_exports_are_what_transformers_loads(done, recipe, tmp_path):
