@@ -14,7 +14,7 @@ CAPFILT = str(Path(sys.executable).with_name("capfilt"))
 DEADLINE_SECONDS = 400
 MOMENTS = (
     "raw/laion/00000.json",
-    "train/med/export/capfilt.json",
+    "train/filter/metrics.jsonl",  # while the captioner is trained beside it
     "captions/cc3m/00000.json",
     "clean/cc3m/00000.json",
     "train/stage2",
@@ -42,7 +42,7 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"{path} did not appear"
-        os.sched_yield()
+        time.sleep(0.02)  # polls, and leaves the processor to what it waits for
 
 
 def finish(root):
