@@ -48,15 +48,36 @@ def run_whole(
 
     Raises UserError, for what BLIP-2 lacks before anything is fetched, and whatever a stage raises.
     """
+    summary = make_corpus(recipe, should_stop, address=address, command=command)
+    if summary.exit_code or recipe.select is None:
+        return summary
+    models = train_blip2(recipe, should_stop)
+    return replace(summary, is_stopped=models is None, models=models or {})
+
+
+def make_corpus(
+    recipe: Recipe,
+    should_stop: ShouldStop,
+    *,
+    address: str | None = None,
+    command: str = "",
+) -> RunSummary:
+    """Make the clean corpus, the models that clean it, and its page; raises as `run_whole` does."""
     stages = blip2_stages(recipe)
     _require_files(recipe, stages)
     _require_one_qformer(recipe, stages)
-    summary = _make_corpus(recipe, should_stop, address, command)
+    if untrained(recipe):
+        summary = data_run.run_stage(
+            recipe, "download", should_stop, address=address, command=command
+        )
+        if summary.exit_code:
+            return summary
+        if not all(train(recipe, each, should_stop) for each in (("med",), _FINE_TUNED)):
+            return replace(summary, is_stopped=True)
+    summary = data_run.run(recipe, should_stop, address=address, command=command)
     if summary.exit_code or recipe.select is None:
         return summary
-    summary = replace(summary, report=_report(recipe))
-    models = train_blip2(recipe, should_stop)
-    return replace(summary, is_stopped=models is None, models=models or {})
+    return replace(summary, report=_report(recipe))
 
 
 def train_blip2(recipe: Recipe, should_stop: ShouldStop) -> dict[Stage, Figures] | None:
@@ -100,20 +121,6 @@ def _train(job: "TrainingJob", should_stop: ShouldStop) -> "ExportCard | None":
         return pretrain(job, should_stop)
     except DivergedError as error:
         raise RunError(f"{job.stage}: {error}") from error
-
-
-def _make_corpus(
-    recipe: Recipe, should_stop: ShouldStop, address: str | None, command: str
-) -> RunSummary:
-    if untrained(recipe):
-        summary = data_run.run_stage(
-            recipe, "download", should_stop, address=address, command=command
-        )
-        if summary.exit_code:
-            return summary
-        if not all(train(recipe, each, should_stop) for each in (("med",), _FINE_TUNED)):
-            return replace(summary, is_stopped=True)
-    return data_run.run(recipe, should_stop, address=address, command=command)
 
 
 def _require_files(recipe: Recipe, stages: tuple[Stage, ...]) -> None:

@@ -28,7 +28,7 @@ from jobs.recipe import Recipe, load_recipe
 from jobs.summary import SOME_FAILED, RunSummary
 from jobs.training.config import Stage
 from jobs.training.side_by_side import Task, side_by_side
-from jobs.whole import Figures, run_whole, train_blip2
+from jobs.whole import Figures, make_corpus, train_blip2
 from pipeline.corpus import Corpus
 from pipeline.download import STAGE
 from pipeline.report.build import build_report
@@ -164,13 +164,10 @@ def run_demo(
     # weights on machines of any size.
     torch.set_num_threads(1)
     recipe = demo_recipe(folder / "corpus", web, extent)
-    corpus_only = recipe.run.model_copy(update={"until": "select"})
     try:
         server = web.serve()
         with server:
-            done = run_whole(
-                recipe.model_copy(update={"run": corpus_only}), should_stop, command="capfilt demo"
-            )
+            done = make_corpus(recipe, should_stop, command="capfilt demo")
     except OSError as error:
         raise UserError(
             f"the demo's web cannot be served on port {web.port}: {error}; stop what listens "
