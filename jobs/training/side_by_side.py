@@ -27,6 +27,9 @@ ShouldStop = Callable[[], bool]
 Task = Callable[[ShouldStop], T | None]  # None: it was stopped first
 
 _TICK_SECONDS = 0.2  # between two looks at whether to stop
+# With more tasks than processors each gets half as much again as the next one. So the first, which
+# may have most to do, does not work on alone when the others have ended.
+_NICER, _NICEST = 2, 10
 
 
 def side_by_side(
@@ -35,9 +38,9 @@ def side_by_side(
     """Return what each task returns, in order; None when stopped before all were done.
 
     Tasks are named for whoever watches. With more than one at a time they travel to other
-    processes, as partials of a module's functions do. Where one fails the others stop, each keeping
-    what it has; then UserError or RunError is raised as it was there, and RunError for a process
-    that was killed.
+    processes, as partials of a module's functions do, and those named first have the right of way.
+    Where one fails the others stop, each keeping what it has; then UserError or RunError is raised
+    as it was there, and RunError for a process that was killed.
     """
     if min(num_at_once, len(tasks)) == 1:
         return _one_by_one(tasks.values(), should_stop)
@@ -94,10 +97,11 @@ class _Running:
     connection: "Connection[Any, Any]"
 
     @classmethod
-    def start(cls, name: str, task: Task[Any], num_threads: int) -> "_Running":
+    def start(cls, name: str, task: Task[Any], *, niceness: int, num_threads: int) -> "_Running":
         spawned = multiprocessing.get_context("spawn")
         ours, theirs = spawned.Pipe()
-        process = spawned.Process(target=_work, args=(name, task, theirs, num_threads), name=name)
+        arguments = (name, task, theirs, niceness, num_threads)
+        process = spawned.Process(target=_work, args=arguments, name=name)
         process.start()
         theirs.close()  # so that ours ends with the process
         return cls(name, process, ours)
@@ -129,12 +133,16 @@ def _outcomes(
 ) -> dict[str, Any]:
     """Return what became of each task that was begun, in the order in which they ended."""
     num_threads = max(1, torch.get_num_threads() // num_at_once)
+    niceness = {name: min(_NICER * place, _NICEST) for place, name in enumerate(tasks)}
     waiting, running = list(tasks.items()), list[_Running]()
     outcomes: dict[str, Any] = {}
     try:
         while waiting or running:
             while waiting and len(running) < num_at_once:
-                running.append(_Running.start(*waiting.pop(0), num_threads))
+                name, task = waiting.pop(0)
+                running.append(
+                    _Running.start(name, task, niceness=niceness[name], num_threads=num_threads)
+                )
             for each in _ended(running):
                 running.remove(each)
                 outcomes[each.name] = each.outcome()
@@ -160,8 +168,15 @@ def _ended(running: Sequence[_Running]) -> list[_Running]:
 # In the other processes
 
 
-def _work(name: str, task: Task[T], parent: "Connection[Any, Any]", num_threads: int) -> None:
+def _work(
+    name: str,
+    task: Task[T],
+    parent: "Connection[Any, Any]",
+    niceness: int,
+    num_threads: int,
+) -> None:
     """Do a task; the parent says when to stop, and its end is the end of this process."""
+    os.nice(niceness)
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # they may reach all at once: the parent tells when
     threading.Thread(target=_end_with_parent, daemon=True).start()

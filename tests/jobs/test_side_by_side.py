@@ -35,7 +35,7 @@ def never():
 
 
 def tells_who(number, should_stop):
-    return number, os.getpid(), torch.get_num_threads()
+    return number, os.getpid(), torch.get_num_threads(), os.nice(0)
 
 
 def says(text, should_stop):
@@ -91,15 +91,17 @@ def is_alive(pid):
 def test_results_come_in_order_from_so_many_processes(num_at_once):
     torch.set_num_threads(1)
     tasks = {str(number): partial(tells_who, number) for number in range(4)}
-    numbers, pids, threads = zip(*side_by_side(tasks, num_at_once, never), strict=True)
+    numbers, pids, threads, nice = zip(*side_by_side(tasks, num_at_once, never), strict=True)
     assert numbers == (0, 1, 2, 3)
     assert set(threads) == {1}
+    own = os.nice(0)
+    assert list(nice) == ([own] * 4 if num_at_once == 1 else [own, own + 2, own + 4, own + 6])
     assert (set(pids) == {os.getpid()}) == (num_at_once == 1)
     assert len(set(pids)) == (1 if num_at_once == 1 else 4)
 
 
 def test_one_task_needs_no_other_process():
-    ((_, pid, _),) = side_by_side({"it": partial(tells_who, 0)}, 8, never)
+    ((_, pid, *_),) = side_by_side({"it": partial(tells_who, 0)}, 8, never)
     assert pid == os.getpid()
 
 
