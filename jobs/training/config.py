@@ -228,7 +228,8 @@ class TrainingConfig(BaseModel):
         default=1,
         description="Trainings at a time that do not need each other, each in a process of its "
         "own on this machine: captioner beside filter, the arms of an ablation. For models so "
-        "small that one processor is enough for each; decides no weight.",
+        "small that one processor is enough for each; they share the threads there are, whose "
+        "number decides how sums are rounded and nothing else.",
     )
     workers: WorkersConfig = Field(default_factory=WorkersConfig, description="Who trains.")
     watch: WatchConfig = Field(default_factory=WatchConfig, description="What is written down.")

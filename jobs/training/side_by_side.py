@@ -1,7 +1,8 @@
 """Trainings that do not need each other, a few at a time, each in a process of its own.
 
 Models too small to keep a machine busy are trained sooner so: two processes share nothing, two
-threads of one share each small sum. Every training is what it is alone, to the bit.
+threads of one share each small sum. A training comes out as it does alone, to the bit, with as many
+threads; they share those of this process.
 """
 
 import io
