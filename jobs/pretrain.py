@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
-from jobs.errors import UserError
+from jobs.errors import RunError, UserError
 from jobs.training.context import TrainContext, this_process
 from jobs.training.data import check_workers, held_out, on_device
 from jobs.training.exports import ExportCard, read_card
+from jobs.training.gates import DivergedError
 from jobs.training.job import TrainingJob
 from jobs.training.logs import MetricsLog, open_sinks
 from jobs.training.objectives import Batch
@@ -25,8 +26,16 @@ def pretrain(job: TrainingJob, should_stop: Callable[[], bool]) -> ExportCard | 
     """Train a stage with the workers that its recipe asks for; return its export's card.
 
     None when it was stopped first; the same call goes on from there. Raises UserError for what is
-    missing or does not fit, before any step.
+    missing or does not fit, before any step, and RunError, which says where, for a loss that is not
+    finite.
     """
+    try:
+        return _pretrain(job, should_stop)
+    except DivergedError as error:
+        raise RunError(f"{job.root}/{job.folder}: {error}") from error
+
+
+def _pretrain(job: TrainingJob, should_stop: Callable[[], bool]) -> ExportCard | None:
     if job.config.workers.num_workers == 1:
         return train(this_process(), job, should_stop=should_stop)
     check_workers(job)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from jobs import run as data_run
 from jobs.corpus_root import open_corpus
-from jobs.errors import RunError, UserError
+from jobs.errors import UserError
 from jobs.recipe import Recipe
 from jobs.run_config import Until
 from jobs.stages.stages import untrained
@@ -23,7 +23,6 @@ from jobs.training.config import TRAINED, Stage
 
 if TYPE_CHECKING:
     from jobs.training.exports import ExportCard
-    from jobs.training.job import TrainingJob
     from jobs.training.side_by_side import Task
 
 Figures = dict[str, float]
@@ -103,24 +102,15 @@ def blip2_stages(recipe: Recipe) -> tuple[Stage, ...]:
 
 def train(recipe: Recipe, stages: tuple[Stage, ...], should_stop: ShouldStop) -> bool:
     """Train stages that do not need each other; return whether all are, False when stopped."""
+    from jobs.pretrain import pretrain  # brings torch
     from jobs.training.job import training_job
-    from jobs.training.side_by_side import side_by_side  # brings torch
+    from jobs.training.side_by_side import side_by_side
 
     assert recipe.training is not None
     tasks: dict[str, Task[ExportCard]] = {
-        stage: partial(_train, training_job(recipe, stage)) for stage in stages
+        stage: partial(pretrain, training_job(recipe, stage)) for stage in stages
     }
     return side_by_side(tasks, recipe.training.num_at_once, should_stop) is not None
-
-
-def _train(job: "TrainingJob", should_stop: ShouldStop) -> "ExportCard | None":
-    from jobs.pretrain import pretrain
-    from jobs.training.gates import DivergedError
-
-    try:
-        return pretrain(job, should_stop)
-    except DivergedError as error:
-        raise RunError(f"{job.stage}: {error}") from error
 
 
 def _require_files(recipe: Recipe, stages: tuple[Stage, ...]) -> None:

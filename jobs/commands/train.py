@@ -47,7 +47,6 @@ def pretrain(
     from jobs.pretrain import pretrain as train_stage
     from jobs.recipe import load_recipe
     from jobs.stop import stop_on_signals
-    from jobs.training.gates import DivergedError
     from jobs.training.job import training_job
 
     name = _stage(stage)
@@ -57,12 +56,8 @@ def pretrain(
     if dry_run:
         typer.echo(_describe(job, as_json))
         return
-    try:
-        with stop_on_signals() as should_stop:
-            card = train_stage(job, should_stop)
-    except DivergedError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(SOME_FAILED) from error
+    with stop_on_signals() as should_stop:
+        card = train_stage(job, should_stop)
     if card is None:
         flags = (f"--stage={name}", *as_rehearsal(rehearsal))
         again = as_typed("pretrain", recipe, sets, *flags)

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import partial
@@ -164,15 +165,15 @@ def run_demo(
     # weights on machines of any size.
     torch.set_num_threads(1)
     recipe = demo_recipe(folder / "corpus", web, extent)
-    try:
-        server = web.serve()
-        with server:
-            done = make_corpus(recipe, should_stop, command="capfilt demo")
-    except OSError as error:
-        raise UserError(
-            f"the demo's web cannot be served on port {web.port}: {error}; stop what listens "
-            f"there, or delete {folder} to begin anew on another port"
-        ) from error
+    with ExitStack() as served:
+        try:
+            served.enter_context(web.serve())
+        except OSError as error:  # of starting it alone: a full disk is another matter
+            raise UserError(
+                f"the demo's web cannot be served on port {web.port}: {error}; stop what listens "
+                f"there, or delete {folder} to begin anew on another port"
+            ) from error
+        done = make_corpus(recipe, should_stop, command="capfilt demo")
     if done.exit_code:
         return DemoSummary(recipe.root, done, (), 0, {}, None, None)
     learned = _learn(recipe, should_stop, is_quick=is_quick)

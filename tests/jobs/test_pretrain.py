@@ -34,7 +34,8 @@ from transformers import (
 )
 
 from jobs import cli
-from jobs.errors import UserError
+from jobs.errors import RunError, UserError
+from jobs.pretrain import pretrain
 from jobs.training.context import TrainContext
 from jobs.training.data import cut, loader_config
 from jobs.training.exports import read_card
@@ -270,6 +271,13 @@ def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, world_size, micro, word
 def test_a_loss_that_is_not_finite_ends_training_with_advice(corpus_only):
     with pytest.raises(DivergedError, match="Lower peak_rate"):
         alone(beginning_with_infinity(corpus_only))
+
+
+def test_whoever_trains_is_told_where_a_loss_is_not_finite(corpus_only):
+    diverging = beginning_with_infinity(corpus_only)
+    with pytest.raises(RunError, match=r"not finite since step.*Lower peak_rate") as told:
+        pretrain(diverging, lambda: False)
+    assert str(told.value).startswith(f"{diverging.root}/train/{diverging.stage}: ")
 
 
 def beginning_with_infinity(root):
